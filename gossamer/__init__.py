@@ -1,0 +1,3 @@
+"""gossamer: deep learning on a budget."""
+
+__version__ = "0.1.0"

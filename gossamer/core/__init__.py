@@ -1,0 +1,1 @@
+"""The vocabulary: tasks, rules, graphs, groups, surgery, networks, costs, experiments."""
