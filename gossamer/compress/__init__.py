@@ -1,0 +1,1 @@
+"""Smaller networks: prune, quantize, factorize, distil, merge."""

@@ -1,0 +1,1 @@
+"""Fewer bits per weight and activation."""

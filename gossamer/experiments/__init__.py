@@ -1,0 +1,1 @@
+"""Evidence for each system: contenders, measurements, claims."""
