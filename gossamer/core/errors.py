@@ -31,3 +31,9 @@ class MissingExtra(GossamerError):
         super().__init__(
             f"{package} is not installed; install it with: pip install 'gossamer[{extra}]'"
         )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says went wrong, to go into one sentence of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -16,13 +16,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from gossamer.core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# torch is imported only where tensors are written or read, so that the catalogue stays light.
 
 
 @contextlib.contextmanager
@@ -49,7 +50,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial = None
     except OSError as error:
         raise InputError(
-            f"cannot write {path}: {(error.strerror or str(error)).lower()}; nothing was left behind"
+            f"cannot write {path}: {(error.strerror or str(error)).lower()}; "
+            "nothing was left behind"
         ) from error
     finally:
         if partial is not None:
@@ -82,7 +84,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise InputError(
-            f"cannot write {path}: {(error.strerror or str(error)).lower()}; nothing was left behind"
+            f"cannot write {path}: {(error.strerror or str(error)).lower()}; "
+            "nothing was left behind"
         ) from error
     finally:
         if partial is not None:
@@ -149,6 +152,8 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         state: nested dicts and lists whose leaves are tensors or JSON values. Keys that are
             integers (as in optimizer states) are kept as integers.
     """
+    from safetensors.torch import save_file
+
     tensors: dict[str, torch.Tensor] = {}
     tree = _lift(state, "", tensors)
     with whole_file(path) as partial:
@@ -161,6 +166,8 @@ def load_state(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if the file is missing, truncated or not a state file.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -173,6 +180,8 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _lift(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    import torch
+
     if isinstance(value, torch.Tensor):
         # A copy of its own: safetensors refuses tensors that share memory.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()

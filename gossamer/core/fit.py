@@ -325,7 +325,8 @@ def fit(
         saved = load_state(checkpoint)
         if saved["identity"] != identity:
             raise InputError(
-                f"{checkpoint} belongs to a run with other settings or data; remove it to start anew"
+                f"{checkpoint} belongs to a run with other settings or data; "
+                "remove it to start anew"
             )
         rule.load_state(saved["rule"])
         history = History(**saved["history"])
@@ -371,8 +372,8 @@ def fit(
                     losses += torch.tensor([float(logged["loss"]), 1.0])
                     if not math.isfinite(float(losses[0])):
                         raise InputError(
-                            f"the loss became {float(logged['loss'])} at step {run.step}; lower the "
-                            "learning rate, or look for NaN in data and weights"
+                            f"the loss became {float(logged['loss'])} at step {run.step}; lower "
+                            "the learning rate, or look for NaN in data and weights"
                         )
                 bar.update(shown, completed=run.step)
                 if run.step % checkpoint_every == 0:

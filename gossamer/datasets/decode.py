@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from gossamer.core.errors import InputError
+from gossamer.core.errors import InputError, first_line
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 SUFFIXES = (
@@ -128,7 +128,7 @@ def _tail(content: Path | bytes, name: str) -> bytes:
 
 
 def _unreadable(name: str, error: BaseException) -> InputError:
-    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    detail = first_line(error)
     if "BytesIO" in detail or "cannot identify" in detail:
         detail = f"not one of {', '.join(FORMATS)}"
     return InputError(f"{name} cannot be read as an image, it is corrupt or truncated ({detail})")

@@ -10,11 +10,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from gossamer.core.errors import InputError
+from gossamer.core.progress import progress
 from gossamer.datasets.decode import Header, decode, probe
 
 T = TypeVar("T")
@@ -98,7 +97,7 @@ class EncodedSource:
         """
         rows = np.arange(len(self))
         room = len(self._known)
-        with _progress() as bar:
+        with progress() as bar:
             shown = bar.add_task("reading images", total=len(self))
             for row, pixels in zip(rows, _in_threads(self._decode, rows[:room]), strict=False):
                 self._kept[row] = pixels
@@ -157,7 +156,7 @@ def headers_of(contents: Sequence[Path | bytes], names: Sequence[str]) -> list[H
     """
     if not contents:
         raise InputError("there are no images")
-    with _progress() as bar:
+    with progress() as bar:
         rows = np.arange(len(contents))
         found = _in_threads(lambda row: probe(contents[row], names[row]), rows)
         return list(bar.track(found, total=len(contents), description="looking at images"))
@@ -176,7 +175,3 @@ def _in_threads(work: Callable[[int], T], rows: np.ndarray) -> Iterator[T]:
     finally:
         # After an error the images still in the queue are of no interest.
         pool.shutdown(cancel_futures=True)
-
-
-def _progress() -> Progress:
-    return Progress(transient=True, disable=not Console(stderr=True).is_terminal)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gossamer.core.errors import GossamerError, InputError, MissingExtra
+from gossamer.core.errors import GossamerError, InputError, MissingExtra, first_line
 from gossamer.core.files import read_json
 from gossamer.core.task import Augment, Classification
 from gossamer.datasets.tables import (
@@ -116,8 +116,9 @@ def hub_dataset(
         raise
     # The library raises whatever its file systems and network raise.
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the data set {name} cannot be loaded from the hub: {first}") from error
+        raise InputError(
+            f"the data set {name} cannot be loaded from the hub: {first_line(error)}"
+        ) from error
     return assemble_tables(
         parts,
         name=name,

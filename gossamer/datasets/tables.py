@@ -20,7 +20,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from gossamer.core.errors import InputError
+from gossamer.core.errors import InputError, first_line
 from gossamer.core.task import Augment, Classification
 from gossamer.datasets.augment import compose, flip, shift
 from gossamer.datasets.encoded import CACHE_BYTES, EncodedSource, encoded
@@ -231,7 +231,7 @@ def read_table(path: Path) -> ImageTable:
         return to_images(table, str(path))
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         raise InputError(
-            f"{path} is not a table that can be read, or it is truncated: {_first_line(error)}"
+            f"{path} is not a table that can be read, or it is truncated: {first_line(error)}"
         ) from error
 
 
@@ -328,8 +328,3 @@ def _column(
         f"{where} has no column of {what} ({', '.join(names)}); "
         f"its columns are {', '.join(table.column_names) or 'none'}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from gossamer.core.errors import InputError
+from gossamer.core.progress import progress
 from gossamer.core.task import Augment, Classification
 from gossamer.datasets.arrays import fit_images
 from gossamer.datasets.splits import assemble
@@ -163,7 +162,7 @@ def _labels(dataset: Pairs) -> Tensor:
     if known is not None and len(known) == len(dataset):
         return torch.as_tensor([_label(value, row) for row, value in enumerate(known)])
     labels = []
-    with Progress(transient=True, disable=not Console(stderr=True).is_terminal) as bar:
+    with progress() as bar:
         for row in bar.track(range(len(dataset)), description="reading labels"):
             pair = dataset[row]
             if not isinstance(pair, tuple | list) or len(pair) != 2:

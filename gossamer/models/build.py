@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import GossamerError, InputError
+from gossamer.core.errors import GossamerError, InputError, first_line
 from gossamer.core.task import evaluating, logits_of
 
 CLASS_KEYWORDS = ("classes", "num_classes", "n_classes", "num_labels")
@@ -65,7 +65,7 @@ def build(
     except Exception as error:
         raise InputError(
             f"{model} cannot be built with {_wishes(classes, channels, size)}: "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     if example_inputs is not None:
         _check_outputs(model, module, example_inputs, classes)
@@ -112,7 +112,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     try:
         module.load_state_dict(given, strict=False)
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit the network: {_first_line(error)}") from error
+        raise InputError(f"{path} does not fit the network: {first_line(error)}") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise InputError(
-                f"{path} is not a safetensors file, or it is truncated: {_first_line(error)}"
+                f"{path} is not a safetensors file, or it is truncated: {first_line(error)}"
             ) from error
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
@@ -140,7 +140,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         raise InputError(
             f"{path} is not a state dict that can be read safely (torch.load with "
-            f"weights_only=True): {_first_line(error)}"
+            f"weights_only=True): {first_line(error)}"
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(value, Mapping) and isinstance(value.get(wrapper), Mapping):
@@ -222,7 +222,7 @@ def _factory(name: str, classes: int | None, channels: int | None) -> nn.Module:
         package = importlib.import_module(where)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{where} of {name} cannot be imported: {_first_line(error)}; "
+            f"{where} of {name} cannot be imported: {first_line(error)}; "
             "run from the folder that holds it, or install it"
         ) from error
     factory = getattr(package, what, None)
@@ -258,7 +258,7 @@ def _check_outputs(
     except Exception as error:
         raise InputError(
             f"{name} does not accept inputs of {shape}: {type(error).__name__}: "
-            f"{_first_line(error)}; another image size or channel count may help"
+            f"{first_line(error)}; another image size or channel count may help"
         ) from error
     expected = [len(example_inputs[0]), logits.shape[-1] if classes is None else classes]
     if list(logits.shape) != expected:
@@ -282,8 +282,3 @@ def _wishes(classes: int | None, channels: int | None, size: tuple[int, int] | N
 def _offer(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; the nearest names are {', '.join(near)}" if near else ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
