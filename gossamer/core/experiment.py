@@ -118,8 +118,14 @@ class Claim:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Claim:
-        """Reads what :meth:`to_json` wrote."""
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: if the relation is none of ours.
+        """
         right = value["right"]
+        if value["relation"] not in _RELATIONS:
+            raise ValueError(f"unknown relation {value['relation']!r}")
         return cls(
             text=value["text"],
             left=Pick(**value["left"]),
@@ -211,16 +217,18 @@ class Result:
         """
         value = read_json(path)
         try:
-            return cls(
+            result = cls(
                 spec=value["spec"],
                 mode=value["mode"],
                 rows=tuple(value["rows"]),
                 claims=tuple(Claim.from_json(claim) for claim in value["claims"]),
                 reconstruction=bool(value["reconstruction"]),
-                about=value["about"],
+                about=dict(value["about"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+            result.evidence()  # a result whose verdict cannot be computed is none
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a result of an experiment: {error!r}") from error
+        return result
 
 
 @dataclass(frozen=True)

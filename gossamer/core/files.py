@@ -172,10 +172,21 @@ def load_state(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _lower(json.loads(metadata["state"]), tensors)
+        state = _lower(json.loads(metadata["state"]), tensors)
+        if not isinstance(state, dict):
+            raise TypeError(type(state).__name__)
+        return state
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise InputError(f"{path} is not a state file of gossamer, or it is truncated") from error
 
 
