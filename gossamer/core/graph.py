@@ -329,10 +329,16 @@ class GraphNetwork(nn.Module):
             _attach(holder, name, tensor, graph.kinds[name])
         self.program = fx.GraphModule(holder, graph.fx)
         self.output_spec = graph.outputs
+        self.arity = sum(node.op == "placeholder" for node in graph.fx.nodes) - 1
+        if not 1 <= self.arity <= 6:
+            raise UnsupportedError(f"a network of {self.arity} inputs cannot be rebuilt")
 
-    def forward(self, *inputs: Any) -> Any:
+    # Named inputs, not ``*inputs``: exporters describe free sizes by the signature.
+    def forward(
+        self, a: Any, b: Any = None, c: Any = None, d: Any = None, e: Any = None, f: Any = None
+    ) -> Any:
         """Runs the graph; ``self.training`` decides batch statistics and dropout."""
-        outputs = self.program(*inputs, self.training)
+        outputs = self.program(*(a, b, c, d, e, f)[: self.arity], self.training)
         return pytree.tree_unflatten(list(outputs), self.output_spec)
 
 
