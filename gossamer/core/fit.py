@@ -293,12 +293,15 @@ def fit(
         InputError: if the loss is no longer finite, or the checkpoint is of another run.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     tasks = dict(task) if isinstance(task, Mapping) else {"": task}
     first = next(iter(tasks))
     sizes = {
         name: batch_size[name] if isinstance(batch_size, Mapping) else batch_size for name in tasks
     }
+    # accelerate would refuse a second run of this process that wants another precision.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu or not torch.cuda.is_available())
     run = Run(
         accelerator=accelerator,
