@@ -127,10 +127,10 @@ def assemble_tables(
     # Labels that are words are numbered in the order of the training split's classes.
     if classes is None:
         classes = parts["train"].classes
-    if classes is None:
-        count = int(max(table.labels.max() for table in parts.values() if len(table.labels))) + 1
-        classes = [str(label) for label in range(count)]
     every = list(parts.values())
+    if classes is None:
+        labels = [table.labels.max() for table in every if len(table.labels)]
+        classes = [str(label) for label in range(int(max(labels, default=-1)) + 1)]
     first = encoded(
         [content for table in every for content in table.contents],
         [image for table in every for image in table.names],

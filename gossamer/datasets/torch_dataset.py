@@ -184,7 +184,7 @@ def _label(value: Any, row: int) -> int:
 
 def _tensor(image: Any, row: int) -> Tensor:
     if isinstance(image, Image.Image):
-        image = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+        image = np.array(image if image.mode == "L" else image.convert("RGB"))
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.ascontiguousarray(image))
         image = image.permute(2, 0, 1) if image.ndim == 3 else image
