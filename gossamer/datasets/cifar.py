@@ -341,7 +341,9 @@ def _of(kind: type, value: Any) -> Any:
 
 
 def _since_mark(stack: list[Any]) -> list[Any]:
-    at = next(i for i in range(len(stack) - 1, -1, -1) if isinstance(stack[i], _Mark))
+    at = next((i for i in range(len(stack) - 1, -1, -1) if isinstance(stack[i], _Mark)), None)
+    if at is None:
+        raise IndexError
     items = stack[at + 1 :]
     del stack[at:]
     return items

@@ -236,7 +236,10 @@ def _factory(name: str, classes: int | None, channels: int | None) -> nn.Module:
 
 
 def _accepted(factory: Any, classes: int | None, channels: int | None) -> dict[str, int]:
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # a function of C has no signature to look at
+        return {}
     options: dict[str, int] = {}
     for value, keywords in ((classes, CLASS_KEYWORDS), (channels, CHANNEL_KEYWORDS)):
         keyword = next((k for k in keywords if k in parameters), None)
