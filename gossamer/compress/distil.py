@@ -7,6 +7,7 @@ arXiv:1503.02531; weights and temperature as in Polino, Pascanu and Alistarh, ar
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -109,11 +110,13 @@ def distil(
     teacher: nn.Module | Network | None = None,
     epochs: int = 40,
     batch_size: int = 128,
-    learning_rate: float = 0.1,
+    lr: float = 0.1,
     weight_decay: float = 5e-4,
     temperature: float = 2.0,
     weight: float = 0.7,
     seed: int = 0,
+    checkpoint: Path | None = None,
+    cpu: bool = False,
 ) -> Network:
     """Trains a network under a teacher (a step of a recipe).
 
@@ -123,11 +126,13 @@ def distil(
         teacher: a trained network for the same task.
         epochs: passes over the training split.
         batch_size: samples a batch.
-        learning_rate: at the start; falls to 0 along half a cosine.
+        lr: learning rate at the start; falls to 0 along half a cosine.
         weight_decay: of matrices and kernels.
         temperature: T.
         weight: lambda, share of the teacher.
         seed: of the data order.
+        checkpoint: file that holds the run's state; an interrupted run resumes from it.
+        cpu: stay on the CPU although there is a GPU.
 
     Returns:
         The trained student.
@@ -143,22 +148,31 @@ def distil(
         student,
         task,
         criterion=criterion,
-        optimizer=sgd(student, lr=learning_rate, weight_decay=weight_decay),
+        optimizer=sgd(student, lr=lr, weight_decay=weight_decay),
     )
-    history = fit(rule, task, epochs=epochs, batch_size=batch_size, seed=seed, title="distilling")
+    history = fit(
+        rule,
+        task,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        checkpoint=checkpoint,
+        cpu=cpu,
+        title="distilling",
+    )
     return network.after(
         "distil",
         {
             "epochs": epochs,
             "batch_size": batch_size,
-            "learning_rate": learning_rate,
+            "lr": lr,
             "weight_decay": weight_decay,
             "temperature": temperature,
             "weight": weight,
             "seed": seed,
         },
         {"loss": history.loss[-1] if history.loss else None},
-        module=student,
+        module=student.cpu(),
         # A file that an earlier step prepared has the old weights in it.
         write_onnx=None,
     )

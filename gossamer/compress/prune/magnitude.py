@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import torch
 
@@ -43,6 +44,7 @@ def prune(
     lr: float = 0.02,
     seed: int = 0,
     exact_only: bool = False,
+    checkpoint: Path | None = None,
     cpu: bool = False,
 ) -> Network:
     """Removes the units of least worth and fine-tunes.
@@ -64,6 +66,8 @@ def prune(
         lr: learning rate of fine-tuning (cosine in each round).
         seed: of random scores, batches and data order.
         exact_only: leave families alone that a normalisation or softmax runs over.
+        checkpoint: file that holds the state of fine-tuning (of several rounds: one each); an
+            interrupted run goes through the same surgery and resumes from it.
         cpu: stay on the CPU although there is a GPU.
 
     Returns:
@@ -142,6 +146,7 @@ def prune(
                 epochs=part,
                 batch_size=batch_size,
                 seed=seed_of("fine-tune", seed, number),
+                checkpoint=checkpoint and checkpoint.with_suffix(f".{number}.state"),
                 cpu=cpu,
                 title="fine-tuning",
             )
@@ -165,4 +170,7 @@ def prune(
         "lr": lr,
         "seed": seed,
     }
-    return network.after("prune", options, report, module=module)
+    # A file that an earlier step prepared has the old weights in it.
+    return network.after(
+        "prune", options, report, module=module, write_onnx=None, storage={}, runtime="onnxruntime"
+    )

@@ -1,0 +1,368 @@
+"""Finds a recipe that meets a budget on this machine.
+
+Trials are proposed by optuna's multi-objective sampler (score up, cost down) and judged by
+successive halving (Jamieson and Talwalkar, AISTATS 2016): many recipes get a short fine-tuning, the
+better third a longer one, and the best of those the rest of the time. Costs are measured on this
+device, and a step such as int8 stays only where it pays. Finished trials are records of the
+workspace, so an interrupted search goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from gossamer.compress.budget import Budget
+from gossamer.compress.recipe import Recipe
+from gossamer.compress.workspace import Workspace
+from gossamer.core.errors import BudgetError, GossamerError
+from gossamer.core.export import OnnxRunner, write_onnx
+from gossamer.core.graph import Graph
+from gossamer.core.network import Network
+from gossamer.core.task import Task, seed_of
+from gossamer.hardware.measure import compare, measure
+
+log = logging.getLogger(__name__)
+
+CRITERIA = ("l2", "taylor", "fpgm", "scale")
+ALLOCATIONS = ("global", "uniform")
+MULTIPLES = (1, 4, 8, 16)
+RECOVERIES = ("finetune", "distil")
+RUNGS = 3
+ETA = 3
+
+
+@dataclass(frozen=True)
+class Timer:
+    """How deployed files are timed.
+
+    Attributes:
+        batch: samples in a call.
+        threads: of ONNX Runtime.
+        rounds: turns.
+    """
+
+    batch: int = 64
+    threads: int = 1
+    rounds: int = 15
+
+
+def costs(
+    networks: Mapping[str, Network], folder: Path, timer: Timer
+) -> tuple[dict[str, dict[str, float]], dict[str, Path]]:
+    """Macs, params, deployed bytes and median latency of several networks, measured in turns.
+
+    Args:
+        networks: by name.
+        folder: gets the deployed files.
+        timer: how they are timed.
+
+    Returns:
+        Costs by budget name, and the files.
+    """
+    files = {name: folder / f"{name}.onnx" for name in networks}
+    for name, network in networks.items():
+        write_onnx(network, files[name])
+    inputs = next(iter(networks.values())).example_inputs
+    timings = measure(
+        files, inputs, batch_sizes=(timer.batch,), threads=(timer.threads,), rounds=timer.rounds
+    )
+    rows = {}
+    for timing in timings:
+        graph = Graph.trace(networks[timing.name].module, inputs)
+        rows[timing.name] = {
+            "macs": float(graph.macs),
+            "params": float(graph.parameters),
+            "size": float(files[timing.name].stat().st_size),
+            "latency": timing.latency.p50,
+            "speedup": compare(timings[0], timing).ratio if timing is not timings[0] else 1.0,
+        }
+    return rows, files
+
+
+@dataclass
+class Planner:
+    """The search for a recipe.
+
+    Attributes:
+        dense: the network to shrink, trained.
+        task: trains on "train", judges on "validation".
+        budget: what must be met.
+        workspace: where trials are kept.
+        seconds: for the whole search and the final training.
+        timer: how candidates are timed.
+        seed: of proposals and training.
+        cpu: stay on the CPU although there is a GPU.
+    """
+
+    dense: Network
+    task: Task
+    budget: Budget
+    workspace: Workspace
+    seconds: float
+    timer: Timer = field(default_factory=Timer)
+    seed: int = 0
+    cpu: bool = False
+
+    def run(self) -> tuple[Recipe, list[dict[str, Any]]]:
+        """Searches.
+
+        Returns:
+            The recipe for the final training, and every trial as a report shows it.
+
+        Raises:
+            BudgetError: if no recipe that was tried meets the limits on costs.
+        """
+        chosen = self.workspace.record("chosen")
+        if chosen is None:
+            chosen = self._search()
+            self.workspace.keep("chosen", chosen)
+        trials = self._trials()
+        mark_front(trials)
+        return Recipe.from_json(chosen["recipe"]), trials
+
+    def _trials(self) -> list[dict[str, Any]]:
+        return list(self.workspace.records("trials"))
+
+    def _search(self) -> dict[str, Any]:
+        folder = self.workspace.path("trial-files")
+        folder.mkdir(parents=True, exist_ok=True)
+        before, files = costs({"dense": self.dense}, folder, self.timer)
+        base = before["dense"]
+        score = self.task.score(OnnxRunner(files["dense"]), "validation")
+        epoch = self._seconds_per_epoch()
+        # A third of the time is for the final training, the rest is shared by the rungs.
+        search_time = 0.6 * self.seconds
+        spent = sum(t["seconds"] for t in self._trials())
+        final_epochs = int(max(2, min(60, 0.3 * self.seconds / max(epoch, 1e-3))))
+        epochs = [max(1, round(final_epochs / ETA ** (RUNGS - r))) for r in range(RUNGS)]
+        log.info("an epoch takes %.2f s; rungs of %s epochs, then %d", epoch, epochs, final_epochs)
+        began = time.monotonic()
+
+        def left() -> float:
+            return search_time - spent - (time.monotonic() - began)
+
+        done = {(t["number"], t["rung"]): t for t in self._trials()}
+        with Progress(transient=True, disable=not Console(stderr=True).is_terminal) as bar:
+            shown = bar.add_task("searching recipes", total=search_time, completed=spent)
+            number = 0
+            # Half of the search goes to the first rung; at least a handful of recipes is tried.
+            while (left() > 0.5 * search_time or number < 4) and number < 60:
+                if (number, 0) not in done:
+                    params = self._propose(number, base, [t for (_, r), t in done.items() if r == 0])
+                    done[number, 0] = self._try(number, 0, params, epochs[0], base, score)
+                number += 1
+                bar.update(shown, completed=search_time - left())
+            for rung in range(1, RUNGS):
+                alive = [t for (_, r), t in done.items() if r == rung - 1]
+                for trial in ranked(alive, self.budget.max_drop)[: max(1, math.ceil(len(alive) / ETA))]:
+                    key = (trial["number"], rung)
+                    if key in done:
+                        continue
+                    if left() < 0:
+                        break
+                    done[key] = self._try(*key, trial["choices"], epochs[rung], base, score)
+                    bar.update(shown, completed=search_time - left())
+        return self._choose(list(done.values()), base, final_epochs)
+
+    def _choose(
+        self, trials: list[dict[str, Any]], base: Mapping[str, float], epochs: int
+    ) -> dict[str, Any]:
+        best_rung: dict[int, dict[str, Any]] = {}
+        for trial in sorted(trials, key=lambda t: t["rung"]):
+            if trial["score"] is not None:
+                best_rung[trial["number"]] = trial
+        if not best_rung:
+            reasons = sorted({t["failed"] for t in trials if t.get("failed")})
+            raise BudgetError(f"no recipe could be applied: {reasons[0] if reasons else 'no time'}")
+        affordable = [t for t in best_rung.values() if not t["broken"]]
+        if not affordable:
+            nearest = min(best_rung.values(), key=lambda t: t["excess"])
+            raise BudgetError(
+                f"no recipe meets {' and '.join(nearest['broken'])} among the "
+                f"{len(best_rung)} that were tried; relax it or give more --minutes"
+            )
+        longest = max(t["rung"] for t in affordable)
+        finalists = [t for t in affordable if t["rung"] == longest]
+        chosen = ranked(finalists, self.budget.max_drop)[0]
+        return {"recipe": recipe_of(chosen["choices"], epochs).to_json(), "trial": chosen["number"]}
+
+    def _seconds_per_epoch(self) -> float:
+        """Times a few training steps of the dense network."""
+        record = self.workspace.record("epoch")
+        if record is None:
+            from gossamer.compress.finetune import finetune
+
+            began = time.monotonic()
+            finetune(self.dense, self.task, epochs=1, lr=1e-4, seed=self.seed, cpu=self.cpu)
+            record = {"seconds": time.monotonic() - began}
+            self.workspace.keep("epoch", record)
+        return float(record["seconds"])
+
+    def _propose(
+        self, number: int, base: Mapping[str, float], seen: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The next recipe's parameters: a few plain ones first, then optuna's proposals.
+
+        The sampler is made anew for each trial from the finished ones, so an interrupted search
+        proposes the same as one that was not.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        high = min(
+            [0.95]
+            + [s for n in ("macs", "params") if (s := self.budget.share(n, base[n])) is not None]
+        )
+        low = max(0.05, 0.35 * high)
+        plain = [
+            {"criterion": "l2", "allocation": "uniform", "keep": high, "multiple": 8,
+             "recovery": "finetune", "rounds": 1, "int8": True},
+            {"criterion": "taylor", "allocation": "global", "keep": high, "multiple": 8,
+             "recovery": "distil", "rounds": 1, "int8": True},
+            {"criterion": "taylor", "allocation": "global", "keep": high, "multiple": 4,
+             "recovery": "finetune", "rounds": 2, "int8": False},
+        ]  # fmt: skip
+        limited = [n for n in ("macs", "params") if n in self.budget.limits]
+        for params in plain:
+            params["measure"] = "parameters" if limited == ["params"] else "macs"
+        if number < len(plain):
+            return plain[number]
+        distributions = {
+            "criterion": optuna.distributions.CategoricalDistribution(CRITERIA),
+            "allocation": optuna.distributions.CategoricalDistribution(ALLOCATIONS),
+            "keep": optuna.distributions.FloatDistribution(low, high),
+            "multiple": optuna.distributions.CategoricalDistribution(MULTIPLES),
+            "recovery": optuna.distributions.CategoricalDistribution(RECOVERIES),
+            "rounds": optuna.distributions.CategoricalDistribution((1, 2)),
+            "int8": optuna.distributions.CategoricalDistribution((True, False)),
+        }
+        study = optuna.create_study(
+            directions=["maximize", "minimize", "minimize"],
+            sampler=optuna.samplers.TPESampler(
+                seed=seed_of("proposal", self.seed, number) % 2**32, n_startup_trials=6
+            ),
+        )
+        for trial in sorted(seen, key=lambda t: t["number"]):
+            if trial["score"] is None:
+                continue
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params={k: trial["choices"][k] for k in distributions},
+                    distributions=distributions,
+                    values=[trial["score"], trial["latency"], trial["size"]],
+                )
+            )
+        asked = study.ask(distributions)
+        return dict(asked.params) | {"measure": plain[0]["measure"]}
+
+    def _try(
+        self,
+        number: int,
+        rung: int,
+        params: Mapping[str, Any],
+        epochs: int,
+        base: Mapping[str, float],
+        dense_score: float,
+    ) -> dict[str, Any]:
+        """Applies a recipe with short training, measures it and keeps the record."""
+        began = time.monotonic()
+        recipe = recipe_of(params, epochs)
+        row: dict[str, Any] = {
+            "number": number, "rung": rung, "choices": dict(params), "recipe": recipe.to_json(),
+            "score": None, "broken": [], "excess": math.inf, "failed": None,
+        }  # fmt: skip
+        folder = self.workspace.path("trial-files")
+        try:
+            network, seed = self.dense, seed_of("trial", self.seed, number)
+            for step, own in zip(recipe.steps, recipe.seeds(seed), strict=True):
+                network = step.apply(
+                    network, self.task, teacher=self.dense, seed=own, cpu=self.cpu
+                )
+            measured, files = costs({"dense": self.dense, "trial": network}, folder, self.timer)
+            cost = measured["trial"]
+            # Latency moves with the machine: what counts is the ratio to the dense network's now.
+            cost["latency"] = base["latency"] / cost["speedup"]
+            score = self.task.score(OnnxRunner(files["trial"]), "validation")
+            row |= {name: cost[name] for name in ("macs", "params", "size", "latency")}
+            row |= {
+                "score": score,
+                "drop": dense_score - score,
+                "broken": self.budget.broken(base, cost, None),
+                "excess": sum(
+                    max(0.0, cost[n] / limit.target(base[n]) - 1.0)
+                    for n, limit in self.budget.limits.items()
+                ),
+            }
+        except GossamerError as error:
+            row["failed"] = str(error)
+            row["excess"] = 1e9
+        row["seconds"] = time.monotonic() - began
+        self.workspace.keep(f"trials/{rung}-{number:03d}", row)
+        return row
+
+
+def recipe_of(params: Mapping[str, Any], epochs: int) -> Recipe:
+    """The recipe that a trial's parameters stand for, with ``epochs`` of training in all."""
+    rounds = int(params["rounds"])
+    keep = float(params["keep"])
+    steps: list[Any] = []
+    for number in range(rounds):
+        # The share of each round is of what the round starts from.
+        options = {
+            "criterion": params["criterion"],
+            "allocation": params["allocation"],
+            params["measure"]: round(keep ** (1.0 / rounds), 4),
+            "round_to": int(params["multiple"]),
+            "epochs": 0,
+        }
+        part = epochs * (number + 1) // rounds - epochs * number // rounds
+        steps.append(("prune", options))
+        if part:
+            rate = 0.05 if params["recovery"] == "distil" else 0.02
+            steps.append((params["recovery"], {"epochs": part, "lr": rate}))
+    if params["int8"]:
+        steps.append("int8")
+    return Recipe.of(*steps)
+
+
+def ranked(trials: Sequence[dict[str, Any]], max_drop: float | None) -> list[dict[str, Any]]:
+    """Best first: limits on costs met; then the score safely within its limit; then the faster.
+
+    Half of the permitted drop is kept as a margin, since validation scores are noisy. Where no
+    drop is named, or it is not met, the more accurate network is the better one.
+    """
+
+    def key(trial: Mapping[str, Any]) -> tuple[Any, ...]:
+        if trial["score"] is None:
+            return (True, True, math.inf, trial["number"])
+        safe = max_drop is not None and trial["drop"] <= 0.5 * max_drop
+        return (
+            bool(trial["broken"]),
+            not safe,
+            trial["latency"] if safe else -trial["score"],
+            trial["number"],
+        )
+
+    return sorted(trials, key=key)
+
+
+def mark_front(trials: Sequence[dict[str, Any]]) -> None:
+    """Sets ``on_front`` on trials that no other beats in score, latency and bytes together."""
+    points = [t for t in trials if t["score"] is not None]
+    values = np.array([[-t["score"], t["latency"], t["size"]] for t in points]).reshape(-1, 3)
+    for trial in trials:
+        trial["on_front"] = False
+    for trial, own in zip(points, values, strict=True):
+        beaten = (values <= own).all(1) & (values < own).any(1)
+        trial["on_front"] = not beaten.any()
+

@@ -1,0 +1,407 @@
+"""The main job: network, data and budget in; a smaller, exported, verified network and a report out.
+
+The dense network is trained first if it has no weights. A recipe is applied, or searched for within
+the given minutes. What is reported is measured on the exported files after they were written and
+loaded again; the test split is touched once, for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.compress.budget import Budget, Limit
+from gossamer.compress.planner import Planner, Timer
+from gossamer.compress.recipe import Recipe
+from gossamer.compress.workspace import Workspace
+from gossamer.core.errors import BudgetError, InputError
+from gossamer.core.experiment import about
+from gossamer.core.export import OnnxRunner, largest_difference, write_onnx, write_pt2
+from gossamer.core.files import exclusive, load_state, read_json, save_state, write_json, write_text
+from gossamer.core.fit import Supervised, fit, sgd, warm_cosine
+from gossamer.core.graph import Graph, layer_table
+from gossamer.core.network import Network
+from gossamer.core.saved import save_network
+from gossamer.core.task import Classification, Task
+from gossamer.hardware.measure import compare, measure, peak_memory_of
+
+log = logging.getLogger(__name__)
+
+FLOAT_TOLERANCE = 1e-3
+AGREEMENT = 0.95  # share of validation labels on which an integer file must agree with its module
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What :func:`shrink` made.
+
+    Attributes:
+        network: the smaller network.
+        report: as in ``report.json``.
+        folder: with the exported files, or None if none was asked for.
+    """
+
+    network: Network
+    report: Mapping[str, Any] = field(repr=False)
+    folder: Path | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The smaller network's module."""
+        return self.network.module
+
+
+def shrink(
+    model: nn.Module,
+    task: Task,
+    *,
+    macs: Limit | float | str | None = None,
+    params: Limit | float | str | None = None,
+    size: Limit | float | str | None = None,
+    latency: Limit | float | str | None = None,
+    max_drop: float | None = None,
+    recipe: Recipe | Path | str | Literal["auto"] = "auto",
+    minutes: float = 5.0,
+    out: Path | str | None = None,
+    trained: bool = True,
+    epochs: int = 30,
+    batch_size: int = 64,
+    threads: int = 1,
+    seed: int = 0,
+    origin: Mapping[str, Any] | None = None,
+    cpu: bool = False,
+) -> Shrunk:
+    """Makes a network smaller within a budget and proves it.
+
+    Args:
+        model: the network; unchanged.
+        task: its data and metric.
+        macs: limit on multiply-accumulates: a share of the original (0.5) or a value ("10M").
+        params: limit on parameters, likewise.
+        size: limit on the bytes of the deployed file, likewise ("100KB").
+        latency: limit on the median time of a batch in ONNX Runtime, likewise ("2ms").
+        max_drop: points of the score that may be lost. With no limit at all: half of the MACs and
+            one point.
+        recipe: steps to apply (a recipe, YAML file), or "auto" to search for them.
+        minutes: for the search and its final training.
+        out: folder for the results; an interrupted run with the same folder goes on.
+        trained: whether the model's weights are trained; otherwise it is trained first.
+        epochs: of that training.
+        batch_size: of the timed call.
+        threads: of ONNX Runtime.
+        seed: of everything that is drawn.
+        origin: what the model was made from, for the record.
+        cpu: stay on the CPU although there is a GPU.
+
+    Raises:
+        InputError: if model, task, recipe or folder cannot be used.
+        UnsupportedError: if the network cannot be traced or exported.
+        BudgetError: if the budget cannot be met; the sentence says what came nearest.
+    """
+    budget = Budget.of(macs=macs, params=params, size=size, latency=latency, max_drop=max_drop)
+    if not budget.limits and max_drop is None:
+        budget = Budget.of(macs=0.5, max_drop=1.0)
+    if not minutes > 0:
+        raise InputError(f"--minutes must be above 0, not {minutes}")
+    if isinstance(recipe, str | Path) and recipe != "auto":
+        recipe = Recipe.read(Path(recipe))
+    _refuse_unusable(model)
+    with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as place:
+        folder = Path(place)
+        with exclusive(folder):
+            job = _Job(
+                model=model,
+                task=task,
+                budget=budget,
+                recipe=None if isinstance(recipe, str | Path) else recipe,
+                seconds=60.0 * minutes,
+                folder=folder,
+                trained=trained,
+                epochs=epochs,
+                timer=Timer(batch=batch_size, threads=threads),
+                seed=seed,
+                origin=dict(origin or {"model": type(model).__name__}),
+                cpu=cpu,
+            )
+            network, report = job.run()
+    return Shrunk(network, report, None if out is None else Path(out))
+
+
+def _refuse_unusable(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"the weights hold NaN or infinity in {name}; mend or retrain them")
+
+
+@dataclass
+class _Job:
+    model: nn.Module
+    task: Task
+    budget: Budget
+    recipe: Recipe | None
+    seconds: float
+    folder: Path
+    trained: bool
+    epochs: int
+    timer: Timer
+    seed: int
+    origin: dict[str, Any]
+    cpu: bool
+
+    def run(self) -> tuple[Network, dict[str, Any]]:
+        work = Workspace(
+            self.folder,
+            {
+                "model": _fingerprint(self.model, self.origin, self.trained),
+                "data": self.task.fingerprint(),
+                "budget": self.budget.to_json(),
+                "recipe": self.recipe.to_json() if self.recipe else "auto",
+                "seed": self.seed,
+                "training": None if self.trained else self.epochs,
+            },
+        )
+        began = time.monotonic()
+        dense = self._dense(work)
+        # Before hours are spent: a network that cannot be exported is told now.
+        with tempfile.TemporaryDirectory() as scratch:
+            write_onnx(dense, Path(scratch) / "dense.onnx")
+        trials: list[dict[str, Any]] = []
+        recipe = self.recipe
+        if recipe is None:
+            recipe, trials = Planner(
+                dense=dense,
+                task=self.task,
+                budget=self.budget,
+                workspace=work,
+                seconds=self.seconds,
+                timer=self.timer,
+                seed=self.seed,
+                cpu=self.cpu,
+            ).run()
+        small = work.apply(recipe, dense, self.task, seed=self.seed, cpu=self.cpu)
+        return small, self._publish(work, dense, small, recipe, trials, began)
+
+    def _dense(self, work: Workspace) -> Network:
+        """The network to shrink, trained now if it was not."""
+        network = Network(self.model, self.task.example_inputs, origin=self.origin)
+        if self.trained:
+            return network
+        place = work.path("dense.safetensors")
+        if not place.exists():
+            log.info("the network has no weights; it is trained for %d epochs first", self.epochs)
+            rule = Supervised(
+                self.model, self.task, optimizer=_optimizer(self.model), schedule=warm_cosine(0.1)
+            )
+            state = work.path("dense.state")
+            fit(
+                rule, self.task, epochs=self.epochs, seed=self.seed, checkpoint=state,
+                cpu=self.cpu, title="training the dense network",
+            )  # fmt: skip
+            save_state(place, self.model.cpu().state_dict())
+            state.unlink(missing_ok=True)
+        self.model.load_state_dict(load_state(place))
+        return network
+
+    def _publish(
+        self,
+        work: Workspace,
+        dense: Network,
+        small: Network,
+        recipe: Recipe,
+        trials: list[dict[str, Any]],
+        began: float,
+    ) -> dict[str, Any]:
+        from gossamer.compress.report import page
+
+        stage = work.path("export")
+        stage.mkdir(parents=True, exist_ok=True)
+        files = {"before": stage / "before.onnx", "after": stage / "model.onnx"}
+        metadata = {"task": self.task.describe(), "steps": [dict(s) for s in small.steps]}
+        write_onnx(dense, files["before"], metadata=metadata)
+        write_onnx(small, files["after"], metadata=metadata)
+        # From here on only what was written and loaded again counts.
+        rows, ratio = self._measured(dense, small, files)
+        drop = rows["before"]["score"] - rows["after"]["score"]
+        broken = self.budget.broken(
+            _budget_row(rows["before"]), _budget_row(rows["after"]),
+            rows["before"]["validation_score"] - rows["after"]["validation_score"],
+        )  # fmt: skip
+        if broken:
+            work.clear("export")
+            raise BudgetError(
+                f"the budget cannot be met: {' and '.join(broken)}; relax it, or give more --minutes"
+            )
+        verified, checks = self._verified(small, files["after"])
+        report = {
+            "model": self.origin,
+            "task": self.task.describe(),
+            "budget": self.budget.to_json(),
+            "before": rows["before"],
+            "after": rows["after"],
+            "drop": drop,
+            "speedup": ratio,
+            "recipe": recipe.to_json(),
+            "recipe_yaml": recipe.to_yaml(),
+            "steps": [dict(s) for s in small.steps],
+            "runtime": small.runtime,
+            "layers": _layers(dense, small),
+            "classes": self._classes(files),
+            "trials": trials,
+            "verified": verified,
+            "checks": checks,
+            "seconds": time.monotonic() - began,
+            **about(seed=self.seed),
+        }
+        write_pt2(small, stage / "model.pt2")
+        save_network(stage, small.module, small.example_inputs, metadata | {"origin": self.origin})
+        write_text(stage / "report.html", page(report))
+        write_text(stage / "recipe.yaml", recipe.to_yaml())
+        # The report comes last: where it is, everything is.
+        (self.folder / "report.json").unlink(missing_ok=True)
+        for name in ("model.onnx", "model.pt2", "weights.safetensors", "network.json",
+                     "recipe.yaml", "report.html"):  # fmt: skip
+            (stage / name).replace(self.folder / name)
+        write_json(self.folder / "report.json", report)
+        work.clear("export")
+        work.clear("trial-files")
+        return report
+
+    def _measured(
+        self, dense: Network, small: Network, files: Mapping[str, Path]
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        timings = measure(
+            files, dense.example_inputs, batch_sizes=(self.timer.batch,),
+            threads=(self.timer.threads,), rounds=max(20, self.timer.rounds), energy=True,
+        )  # fmt: skip
+        by_name = {timing.name: timing for timing in timings}
+        split = "test" if self.task.size("test") else "validation"
+        rows = {}
+        for name, network in (("before", dense), ("after", small)):
+            runner = OnnxRunner(files[name], threads=self.timer.threads)
+            graph = Graph.trace(network.module, network.example_inputs)
+            latency = by_name[name].latency
+            rows[name] = {
+                "score": self.task.score(runner, split),
+                "validation_score": self.task.score(runner, "validation"),
+                "macs": graph.macs,
+                "params": graph.parameters,
+                "bytes": files[name].stat().st_size,
+                "latency_ms": {
+                    "p50": latency.p50, "p95": latency.p95, "batch": latency.batch,
+                    "threads": latency.threads, "spread": latency.spread,
+                },
+                "peak_memory_bytes": peak_memory_of(
+                    files[name], network.example_inputs, batch=self.timer.batch
+                ),
+                "energy_joules": by_name[name].joules,
+            }  # fmt: skip
+        speed = compare(by_name["before"], by_name["after"])
+        ratio = {"ratio": speed.ratio, "low": speed.low, "high": speed.high, "winner": speed.winner}
+        return rows, ratio
+
+    def _verified(self, small: Network, file: Path) -> tuple[bool, dict[str, Any]]:
+        """Compares the exported file with the module it was made of."""
+        runner = OnnxRunner(file)
+        checks: dict[str, Any] = {
+            "surgery": [
+                bool(r.get("verified"))
+                for step in small.steps
+                for r in step["report"].get("rounds", [])
+            ]
+        }
+        if small.write_onnx is None:
+            checks["largest_difference"] = largest_difference(
+                small.module, runner, small.example_inputs
+            )
+            good = checks["largest_difference"] <= FLOAT_TOLERANCE
+        else:
+            checks["agreement"] = _agreement(self.task, small.module, runner)
+            good = checks["agreement"] >= AGREEMENT
+        return bool(good and all(checks["surgery"])), checks
+
+    def _classes(self, files: Mapping[str, Path]) -> dict[str, Any]:
+        if not isinstance(self.task, Classification):
+            return {}
+        split = "test" if self.task.size("test") else "validation"
+        return {name: self.task.class_scores(OnnxRunner(f), split) for name, f in files.items()}
+
+
+def _agreement(task: Task, module: nn.Module, runner: OnnxRunner) -> float:
+    """Share of validation samples on which two networks choose the same class."""
+    same = total = 0
+    training = module.training
+    module.eval()
+    with torch.inference_mode():
+        for batch in task.batches("validation", batch_size=256, shuffle=False):
+            a, b = task.outputs(module, batch), task.outputs(runner, batch)
+            assert isinstance(a, Tensor) and isinstance(b, Tensor)
+            same += int((a.argmax(1) == b.argmax(1)).sum())
+            total += a.argmax(1).numel()
+    module.train(training)
+    return same / max(1, total)
+
+
+def _budget_row(row: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        "macs": float(row["macs"]),
+        "params": float(row["params"]),
+        "size": float(row["bytes"]),
+        "latency": float(row["latency_ms"]["p50"]),
+    }
+
+
+def _layers(dense: Network, small: Network) -> list[dict[str, Any]]:
+    """Counted costs of each module before and after, in execution order."""
+    tables = []
+    for network in (dense, small):
+        table = layer_table(Graph.trace(network.module, network.example_inputs))
+        tables.append({row["module"]: row for row in table})
+    before, after = tables
+
+    def short(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if row is None:
+            return None
+        return {
+            "macs": row["macs"],
+            "parameters": row["parameters"],
+            "output": list(row["output"]),
+        }
+
+    return [
+        {"module": name, "before": short(row), "after": short(after.get(name))}
+        for name, row in before.items()
+        if row["macs"] or row["parameters"]
+    ]
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """SGD for networks with batch normalisation, AdamW for the others."""
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return sgd(model, lr=0.1)
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+
+
+def _fingerprint(model: nn.Module, origin: Mapping[str, Any], trained: bool) -> str:
+    """Changes with the model's name and, if it is trained, with any weight."""
+    digest = hashlib.blake2b(repr(sorted(origin.items())).encode(), digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        if trained:
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The report of a finished run, or None."""
+    path = Path(folder) / "report.json"
+    return read_json(path) if path.exists() else None
