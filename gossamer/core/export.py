@@ -241,21 +241,22 @@ class OnnxRunner:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised, not printed
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = threads
         source: str | bytes = model if isinstance(model, bytes) else str(model)
         what = "these bytes" if isinstance(model, bytes) else str(model)
         try:
+            # Its fallback prints the error and tries the same provider again.
             self.session = onnxruntime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"]
+                source, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
+            self.names = [value.name for value in self.session.get_inputs()]
         except Exception as error:  # the runtime's errors share no class
             raise InputError(
                 f"{what} cannot be loaded by ONNX Runtime: {_first_line(error)}"
             ) from error
-        self.names = [value.name for value in self.session.get_inputs()]
 
     def feed(self, *inputs: Any) -> dict[str, np.ndarray]:
         """Inputs by name as arrays, in the order of the model's inputs.
@@ -292,12 +293,12 @@ class OnnxRunner:
         Raises:
             InputError: if the record is damaged.
         """
-        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        if text is None:
-            return {}
         try:
+            text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            if text is None:
+                return {}
             value = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
             raise InputError("the model's metadata are not valid JSON") from error
         if not isinstance(value, dict):
             raise InputError("the model's metadata are not a JSON object")

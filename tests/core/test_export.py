@@ -1,5 +1,6 @@
 import io
 import json
+import random
 
 import onnx
 import pytest
@@ -169,8 +170,29 @@ def test_damaged_files_are_refused(tmp_path, model):
         doctored.metadata_props[-1].value = text
         with pytest.raises(InputError, match="metadata"):
             OnnxRunner(doctored.SerializeToString()).metadata()
+    raw = model.SerializeToString().replace(b'"labels"', b'"l\xe2bels"')
+    with pytest.raises(InputError, match="metadata"):
+        OnnxRunner(raw).metadata()
     with pytest.raises(InputError, match="refused"):
         OnnxRunner(model.SerializeToString())(torch.zeros(2, 5, 6, 6))
+
+
+def test_fuzzed_files_never_raise_anything_else(model):
+    good = model.SerializeToString()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(good)
+        for _ in range(draw.randint(1, 4)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        try:
+            runner = OnnxRunner(bytes(data))
+            runner.metadata()
+            runner(torch.zeros(2, 1, 6, 6))
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 30
 
 
 def test_fixed_batch_on_request():
