@@ -91,8 +91,8 @@ def _transformer(config_class: str) -> tuple[Any, tuple[Any, ...]]:
     default = known()
     options = {key: value for key, value in SMALL.items() if hasattr(default, key)}
     if config_class == "SwinConfig":
-        options |= {"depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2}
-        options.pop("hidden_size"), options.pop("num_hidden_layers", None)
+        options = {"image_size": 64, "patch_size": 2, "embed_dim": 32, "depths": [2, 2],
+                   "num_heads": [2, 4], "window_size": 4}  # fmt: skip
     if config_class == "ConvNextConfig":
         options = {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 2, 1]}
     config = known(**options)

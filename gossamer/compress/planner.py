@@ -33,7 +33,7 @@ from gossamer.hardware.measure import compare, measure
 
 log = logging.getLogger(__name__)
 
-CRITERIA = ("l2", "taylor", "fpgm", "scale")
+CRITERIA = ("l2", "taylor", "fpgm", "batchnorm-scale")
 ALLOCATIONS = ("global", "uniform")
 MULTIPLES = (1, 4, 8, 16)
 RECOVERIES = ("finetune", "distil")
@@ -57,35 +57,38 @@ class Timer:
 
 
 def costs(
-    networks: Mapping[str, Network], folder: Path, timer: Timer
+    contenders: Mapping[str, Network | Path], inputs: Sequence[Any], folder: Path, timer: Timer
 ) -> tuple[dict[str, dict[str, float]], dict[str, Path]]:
-    """Macs, params, deployed bytes and median latency of several networks, measured in turns.
+    """Deployed bytes and median latency of several networks measured in turns, and their counts.
 
     Args:
-        networks: by name.
+        contenders: by name; one that is already a file is only timed.
+        inputs: positional arguments, batch first.
         folder: gets the deployed files.
         timer: how they are timed.
 
     Returns:
-        Costs by budget name, and the files.
+        Costs by budget name, and the files. "speedup" is the first one's time over one's own.
     """
-    files = {name: folder / f"{name}.onnx" for name in networks}
-    for name, network in networks.items():
-        write_onnx(network, files[name])
-    inputs = next(iter(networks.values())).example_inputs
+    files = {}
+    for name, contender in contenders.items():
+        files[name] = contender if isinstance(contender, Path) else folder / f"{name}.onnx"
+        if not isinstance(contender, Path):
+            write_onnx(contender, files[name])
     timings = measure(
         files, inputs, batch_sizes=(timer.batch,), threads=(timer.threads,), rounds=timer.rounds
     )
     rows = {}
     for timing in timings:
-        graph = Graph.trace(networks[timing.name].module, inputs)
         rows[timing.name] = {
-            "macs": float(graph.macs),
-            "params": float(graph.parameters),
             "size": float(files[timing.name].stat().st_size),
             "latency": timing.latency.p50,
             "speedup": compare(timings[0], timing).ratio if timing is not timings[0] else 1.0,
         }
+        contender = contenders[timing.name]
+        if not isinstance(contender, Path):
+            graph = Graph.trace(contender.module, inputs)
+            rows[timing.name] |= {"macs": float(graph.macs), "params": float(graph.parameters)}
     return rows, files
 
 
@@ -136,7 +139,7 @@ class Planner:
     def _search(self) -> dict[str, Any]:
         folder = self.workspace.path("trial-files")
         folder.mkdir(parents=True, exist_ok=True)
-        before, files = costs({"dense": self.dense}, folder, self.timer)
+        before, files = costs({"dense": self.dense}, self.dense.example_inputs, folder, self.timer)
         base = before["dense"]
         score = self.task.score(OnnxRunner(files["dense"]), "validation")
         epoch = self._seconds_per_epoch()
@@ -288,7 +291,12 @@ class Planner:
                 network = step.apply(
                     network, self.task, teacher=self.dense, seed=own, cpu=self.cpu
                 )
-            measured, files = costs({"dense": self.dense, "trial": network}, folder, self.timer)
+            measured, files = costs(
+                {"dense": folder / "dense.onnx", "trial": network},
+                self.dense.example_inputs,
+                folder,
+                self.timer,
+            )
             cost = measured["trial"]
             # Latency moves with the machine: what counts is the ratio to the dense network's now.
             cost["latency"] = base["latency"] / cost["speedup"]

@@ -228,7 +228,7 @@ class Dependency:
         return found
 
     def removed_atoms(self, removal: Removal) -> np.ndarray:
-        """Which atoms go, bool ``[atoms]``.
+        """Which atoms go, bool ``[atoms]``: those asked for, except the last of any axis.
 
         Raises:
             InputError: if a mask does not fit its family or would remove all of it.
@@ -249,7 +249,27 @@ class Dependency:
             if mask.all():
                 raise InputError(f"family {index} ({family.name}) would lose all of its units")
             gone[family.atoms[mask.numpy()]] = True
+        # A slice of an axis (one branch of a split, say) may hold few of a family's units: where
+        # all of them would go, the first one stays.
+        for size, positions, atoms in self._slices:
+            lost = gone[atoms]
+            if lost.any() and len(np.unique(positions[lost])) == size:
+                gone[atoms[positions == positions.min()]] = False
         return gone
+
+    @cached_property
+    def _slices(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Size and incidence of every distinct axis of every tensor that units could empty."""
+        found: dict[bytes, tuple[int, np.ndarray, np.ndarray]] = {}
+        for labels in self.propagation.labels.values():
+            outputs = labels if isinstance(labels, tuple) else (labels,)
+            for vector in (v for axes in outputs for v in axes or [] if v is not None):
+                key = self.propagation.store.find(vector).tobytes()
+                if key not in found:
+                    found[key] = (len(vector), *self._incidence(vector))
+        return [
+            entry for entry in found.values() if len(np.unique(entry[1])) == entry[0]
+        ]
 
     def kept(self, vector: Vector | None, gone: np.ndarray) -> np.ndarray | None:
         """Which indices of an axis stay, bool ``[size]``; None if all do."""

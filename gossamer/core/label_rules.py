@@ -839,16 +839,19 @@ def split(p: Propagation, node: fx.Node) -> Any:
     for shape in p.graph.shapes(node, BATCH):
         part = list(x)
         vector = x[axis]
-        part[axis] = (
-            None if vector is None else _selected(vector, slice(start, start + shape[axis]))
-        )
+        part[axis] = _selected(p, vector, slice(start, start + shape[axis]))
         start += shape[axis]
         result.append(part)
     return tuple(result)
 
 
-def _selected(vector: Vector, chosen: slice) -> Vector | None:
+def _selected(p: Propagation, vector: Vector | None, chosen: slice) -> Vector | None:
+    """A part of an axis; a single index stays, since axes of size one carry no labels."""
+    if vector is None:
+        return None
     part = vector[chosen]
+    if len(part) == 1:
+        p.fix_axis(part)
     return part if len(part) > 1 else None
 
 
@@ -864,10 +867,7 @@ def slice_(p: Propagation, node: fx.Node) -> AxisLabels:
         p.fix_axis(vector)
         x[axis] = None
         return x
-    part = vector[chosen]
-    if len(part) == 1:
-        p.fix_axis(part)
-    x[axis] = part if len(part) > 1 else None
+    x[axis] = _selected(p, vector, chosen)
     return x
 
 
@@ -940,7 +940,7 @@ def glu(p: Propagation, node: fx.Node) -> AxisLabels:
     if vector is not None:
         half = len(vector) // 2
         p.store.unify(vector[:half], vector[half:])
-        x[axis] = vector[:half] if half > 1 else None
+        x[axis] = _selected(p, vector, slice(0, half))
     return x
 
 
