@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize(
-    ("body", "ci", "code"),
+    ("body", "ci", "code", "workers"),
     [
-        ("pytest.skip('no GPU')", True, 0),
-        ("pytest.skip('no data: cifar10')", True, 0),
-        ("pytest.skip('too lazy')", True, 1),
-        ("pytest.skip('too lazy')", False, 0),
-        ("pytest.importorskip('no_such_package')", True, 1),
-        ("pytest.skip('no GPU, and too lazy')", True, 1),
+        ("pytest.skip('no data: cifar10')", True, 0, "2"),
+        ("pytest.skip('too lazy')", True, 1, "2"),
+        ("pytest.skip('no GPU')", True, 0, "0"),
+        ("pytest.skip('too lazy')", False, 0, "0"),
+        ("pytest.importorskip('no_such_package')", True, 1, "0"),
+        ("pytest.skip('no GPU, and too lazy')", True, 1, "0"),
     ],
 )
 def test_unexpected_skips_fail(

@@ -220,15 +220,24 @@ def read_table(path: Path) -> ImageTable:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    name = str(path)
     try:
+        # A few bytes can promise any number of rows; those of images take at least one each.
+        most = path.stat().st_size
         if path.suffix == ".arrow":
-            with pa.memory_map(str(path)) as mapped:
+            with pa.memory_map(name) as mapped:
                 table = pyarrow.ipc.open_stream(mapped).read_all()
         else:
-            table = pyarrow.parquet.ParquetFile(path).read()
+            with pyarrow.parquet.ParquetFile(path) as file:
+                if file.metadata.num_rows > most:
+                    raise ValueError(f"{file.metadata.num_rows} rows are promised")
+                columns = _find_columns(file.schema_arrow, name)
+                table = file.read(columns=list(columns))
+        if table.num_rows > most:
+            raise ValueError(f"{table.num_rows} rows are promised")
         # Offsets in a doctored file may point anywhere; this walks all of them.
         table.validate(full=True)
-        return to_images(table, str(path))
+        return to_images(table, name)
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         raise InputError(
             f"{path} is not a table that can be read, or it is truncated: {first_line(error)}"
@@ -246,15 +255,10 @@ def to_images(table: pa.Table, name: str) -> ImageTable:
     Raises:
         InputError: if there are no such columns, or a value is missing.
     """
-    features = _features(table.schema)
-    image_column = _column(table, features, "Image", IMAGE_COLUMNS, "images", name)
-    label_column = _column(table, features, "ClassLabel", LABEL_COLUMNS, "labels", name)
-    images: list[Any] = [
-        image.get("bytes") if isinstance(image, dict) else image
-        for image in table[image_column].to_pylist()
-    ]
-    bad = next((row for row, image in enumerate(images) if not isinstance(image, bytes)), None)
-    if bad is not None:
+    image_column, label_column = _find_columns(table.schema, name)
+    images = _bytes_of(table[image_column])
+    if images is None or images.null_count:
+        bad = 0 if images is None else images.is_null().to_pylist().index(True)
         raise InputError(
             f"row {bad} of {name} holds no image bytes in its column {image_column!r}; "
             "images that are kept outside of the table are not read"
@@ -262,7 +266,7 @@ def to_images(table: pa.Table, name: str) -> ImageTable:
     column = table[label_column]
     if column.null_count:
         raise InputError(f"{name} has rows without a label in its column {label_column!r}")
-    classes = _class_names(features.get(label_column))
+    classes = _class_names(_features(table.schema).get(label_column))
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_integer(column.type):
@@ -275,8 +279,19 @@ def to_images(table: pa.Table, name: str) -> ImageTable:
             f"the labels of {name} (column {label_column!r}) are {column.type}; "
             "whole numbers or words are needed"
         )
-    names = [f"row {row} of {name}" for row in range(len(images))]
-    return ImageTable(images, names, torch.from_numpy(labels), classes)
+    names = [f"row {row} of {name}" for row in range(table.num_rows)]
+    return ImageTable(images.to_pylist(), names, torch.from_numpy(labels), classes)
+
+
+def _bytes_of(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """The column of encoded images itself, or what is called "bytes" in it."""
+    if pa.types.is_struct(column.type):
+        at = column.type.get_field_index("bytes")
+        if at < 0:
+            return None
+        column = column.flatten()[at]
+    binary = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    return column if binary else None
 
 
 def _joined(tables: Sequence[ImageTable]) -> ImageTable:
@@ -309,22 +324,30 @@ def _class_names(feature: Any) -> tuple[str, ...] | None:
     return None
 
 
+def _find_columns(schema: pa.Schema, where: str) -> tuple[str, str]:
+    features = _features(schema)
+    return (
+        _column(schema, features, "Image", IMAGE_COLUMNS, "images", where),
+        _column(schema, features, "ClassLabel", LABEL_COLUMNS, "labels", where),
+    )
+
+
 def _column(
-    table: pa.Table,
+    schema: pa.Schema,
     features: Mapping[str, Any],
     kind: str,
     names: Sequence[str],
     what: str,
     where: str,
 ) -> str:
-    for column in table.column_names:
+    for column in schema.names:
         feature = features.get(column)
         if isinstance(feature, dict) and feature.get("_type") == kind:
             return column
     for column in names:
-        if column in table.column_names:
+        if column in schema.names:
             return column
     raise InputError(
         f"{where} has no column of {what} ({', '.join(names)}); "
-        f"its columns are {', '.join(table.column_names) or 'none'}"
+        f"its columns are {', '.join(schema.names) or 'none'}"
     )

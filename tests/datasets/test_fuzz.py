@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import resource
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -39,6 +40,9 @@ from gossamer.models.build import load_weights
 from gossamer.models.resnet import digits_resnet
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+MEMORY = 10 << 30
+"""Bytes of address space; torch alone takes about five gigabytes of it."""
 
 
 @st.composite
@@ -159,6 +163,16 @@ READERS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], object]]] = 
         lambda path: load_weights(small(), path),
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """A reader that believes a length it should not takes down this process, not the machine."""
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    most = MEMORY if old[1] == resource.RLIM_INFINITY else min(MEMORY, old[1])
+    resource.setrlimit(resource.RLIMIT_AS, (most, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, old)
 
 
 @pytest.fixture(scope="module")

@@ -90,13 +90,31 @@ def test_names_of_classes(tmp_path: Path) -> None:
         ({"image": [{"bytes": None, "path": "/etc/passwd"}] * 40}, "outside of the table"),
         ({"label": [3] * 40}, "have one and the same class"),
         ({"label": [-1, *[2] * 39]}, "has label -1"),
-        ({"image": [], "label": pa.array([], pa.int64())}, "there are no images"),
+        ({"image": pa.array([], "binary"), "label": pa.array([], "int8")}, "there are no images"),
     ],
 )
 def test_tables_of_other_things(tmp_path: Path, columns: dict[str, Any], sentence: str) -> None:
     pq.write_table(table(**columns), tmp_path / "x.parquet")
     with pytest.raises(InputError, match=sentence):
         open_task(tmp_path)
+
+
+def test_a_small_file_cannot_promise_many_rows(tmp_path: Path) -> None:
+    rows = 3_000_000
+    images = pa.DictionaryArray.from_arrays(np.zeros(rows, np.int8), pa.array([png(1)]))
+    given = pa.table({"image": images, "label": pa.nulls(rows, pa.int8())})
+    pq.write_table(given, tmp_path / "x.parquet")
+    # Columns of nothing take no bytes, whatever their length.
+    given = pa.table({"image": pa.nulls(rows), "label": pa.nulls(rows)})
+    with (
+        pa.OSFile(str(tmp_path / "x.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, given.schema) as stream,
+    ):
+        stream.write_table(given)
+    for name in ("x.parquet", "x.arrow"):
+        assert (tmp_path / name).stat().st_size < rows
+        with pytest.raises(InputError, match="3000000 rows are promised"):
+            read_table(tmp_path / name)
 
 
 def test_files_that_disagree(tmp_path: Path) -> None:
