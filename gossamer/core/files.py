@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 # torch is imported only where tensors are written or read, so that the catalogue stays light.
 
 
+# Temporary files and folders are private; what appears in their place is as open as the user's
+# other files. (The mask can only be read by setting it, so this is done once, at import.)
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; renames it into place if the block succeeds.
@@ -46,6 +52,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
+        os.chmod(partial, 0o666 & ~_UMASK)
         os.replace(partial, path)
         partial = None
     except OSError as error:
@@ -76,6 +83,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
         yield partial
+        os.chmod(partial, 0o777 & ~_UMASK)
         old = partial.with_suffix(".old")
         if path.exists():
             os.rename(path, old)
