@@ -627,6 +627,9 @@ class HESSO(GroupOptimizer):
         module: what is trained.
         groups: its zero-invariant groups.
         target: share of groups to zero.
+        cost: in place of a share of groups, what the network costs without the groups of a mask
+            ``[total]``; then ``target`` is the largest cost allowed, approached in equal parts
+            (this is ours: a share of groups is not a share of MACs).
         start: plain steps before pruning.
         steps: pruning steps.
         periods: equal parts of the pruning steps, each zeroing an equal batch.
@@ -652,6 +655,7 @@ class HESSO(GroupOptimizer):
         start: int,
         steps: int,
         periods: int = 10,
+        cost: Callable[[Tensor], float] | None = None,
         lr: float = 0.1,
         base: Base | None = None,
         divisible: int = 1,
@@ -661,7 +665,7 @@ class HESSO(GroupOptimizer):
         weight_decay: float = 5e-4,
         decay_vectors: bool = False,
     ) -> None:
-        _check(target, start)
+        _check(0.0 if cost is not None else target, start)
         if periods < 1 or steps < periods:
             raise InputError(
                 f"{steps} pruning steps cannot be divided into {periods} periods; train longer "
@@ -678,7 +682,8 @@ class HESSO(GroupOptimizer):
         self.start = start
         self.periods = periods
         self.period = steps // periods
-        self.target = round(target * groups.total)
+        self.target = round(target * groups.total) if cost is None else target
+        self.cost = cost
         self.divisible = divisible
         self.weights = tuple(weights)
         self.published_sign = published_sign
@@ -710,12 +715,21 @@ class HESSO(GroupOptimizer):
         dot, square, length = self.statistics(directions)
         live = ~self.zeroed
         score = self.importance(dot, square.sqrt(), length.sqrt(), live)
-        goal = round(self.target * (number + 1) / self.periods)
-        self.progress["batch"] = self._lowest(score, live, goal - int(self.zeroed.sum()))
+        self.progress["batch"] = self._least(score, live, (number + 1) / self.periods)
 
-    def _lowest(self, score: Tensor, live: Tensor, count: int) -> Tensor:
-        quantum = torch.full((len(self.groups.sizes),), self.divisible, device=score.device)
-        return allocation.lowest(score, self.groups.family, live, quantum, count)
+    def _least(self, score: Tensor, live: Tensor, share: float) -> Tensor:
+        """The least important live groups that bring pruning to ``share`` of its target."""
+        groups = self.groups
+        quantum = torch.full((len(groups.sizes),), self.divisible, device=score.device)
+        if self.cost is None:
+            count = round(self.target * share) - int(self.zeroed.sum())
+            return allocation.lowest(score, groups.family, live, quantum, count)
+        cost, zeroed = self.cost, self.zeroed
+        full = cost(torch.zeros_like(zeroed))
+        goal = full + min(0.0, self.target - full) * share
+        return allocation.reach(
+            score, groups.family, live, quantum, lambda mask: cost(mask | zeroed), goal
+        )
 
     def after(self, rates: Mapping[int, float]) -> None:
         since = self.progress["step"] - self.start
@@ -767,10 +781,9 @@ class HESSO(GroupOptimizer):
         before = max(float(loss()), 1e-12)
         tried = torch.zeros_like(live)
         kept = {id(e.tensor): (e.tensor, e.tensor.clone()) for e in groups.entries}
-        count = self.target - int(self.zeroed.sum())
         for cycle in range(cycles):
             score = self.importance(dot, square.sqrt(), length.sqrt(), live)
-            violators = self._lowest(score, live, count) & ~tried
+            violators = self._least(score, live, 1.0) & ~tried
             if not bool(violators.any()):
                 return cycle
             tried |= violators
@@ -911,6 +924,8 @@ class Construction:
         module: the smaller network.
         groups: units (or operators) there were.
         removed: how many of them are gone.
+        parameters: of the smaller network.
+        macs: of the smaller network, for one sample.
         error: largest difference between its outputs and the full network's, on fresh inputs.
         notes: what surgery had to say.
     """
@@ -918,6 +933,8 @@ class Construction:
     module: nn.Module
     groups: int
     removed: int
+    parameters: int
+    macs: int
     error: float
     notes: tuple[str, ...] = ()
 
@@ -936,9 +953,18 @@ def construct(
     groups = Groups.of(module, dependency, silenceable=True)
     removed = groups.zero() if which is None else which.to(groups.device)
     removed = _spare_last(groups, removed)
-    result = surgery.remove(module, dependency, groups.removal(removed), verify=True)
-    error = output_difference(module, result.module, dependency.graph.example_inputs)
-    return Construction(result.module, groups.total, int(removed.sum()), error, tuple(result.notes))
+    removal = groups.removal(removed)
+    result = surgery.remove(module, dependency, removal, verify=True)
+    cost = dependency.cost(removal)
+    return Construction(
+        module=result.module,
+        groups=groups.total,
+        removed=int(removed.sum()),
+        parameters=cost.parameters or 0,
+        macs=cost.macs or 0,
+        error=output_difference(module, result.module, dependency.graph.example_inputs),
+        notes=result.notes,
+    )
 
 
 def output_difference(
@@ -980,6 +1006,8 @@ def otov3(
     *,
     optimizer: Literal["hesso", "dhspg", "h2spg", "hspg", "group-lasso"] = "hesso",
     target: float = 0.5,
+    macs: float | None = None,
+    parameters: float | None = None,
     erase: int = 3,
     epochs: int = 60,
     batch_size: int = 128,
@@ -1006,6 +1034,8 @@ def otov3(
         optimizer: HESSO (exact target, nothing to tune), DHSPG, H2SPG (erases operators), or
             the baselines HSPG and proximal group lasso (their penalty decides how much goes).
         target: share of groups to remove (HESSO, DHSPG; an upper limit for HSPG).
+        macs: keep at most this share of the MACs, in place of ``target`` (HESSO).
+        parameters: keep at most this share of the parameters, in place of ``target`` (HESSO).
         erase: operators to erase (H2SPG).
         epochs: of the one training run.
         batch_size: samples a batch.
@@ -1026,6 +1056,7 @@ def otov3(
 
     Raises:
         InputError: if options do not fit together, or training is too short.
+        BudgetError: if MACs or parameters cannot be met.
         UnsupportedError: if the network cannot be traced or has nothing to remove.
     """
     module = copy.deepcopy(network.module)
@@ -1038,7 +1069,14 @@ def otov3(
         dependency = analyse(module, network.example_inputs)
         before = dependency.graph
         space = None
-    parameters, macs = before.parameters, before.macs
+    full = {"parameters": before.parameters, "macs": before.macs}
+    budgets = {"parameters": parameters, "macs": macs}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if given and (optimizer != "hesso" or len(given) > 1):
+        raise InputError("one budget of MACs or parameters can be given, to HESSO only")
+    for name, value in given.items():
+        if not 0.0 < value <= 1.0:
+            raise InputError(f"{name} must be a share in (0, 1], not {value}")
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     module.to(device)
     total = epochs * task.steps_per_epoch("train", batch_size)
@@ -1049,6 +1087,7 @@ def otov3(
         space,
         optimizer,
         target=target,
+        budget={name: value * full[name] for name, value in given.items()},
         erase=erase,
         start=begin,
         steps=round(duration * total),
@@ -1072,39 +1111,44 @@ def otov3(
         title=optimizer,
     )
     module.cpu().eval()
+    if not _reads(before, module):
+        # Moving to the GPU and back made new buffers; the trace must read those of now.
+        before = Graph.trace(module, network.example_inputs)
+        dependency = None if dependency is None else Dependency(before)
     if space is not None:
-        # The silent operators are found again in the trained network: same trace, same order.
-        graph = Graph.trace(module, network.example_inputs)
         gone = torch.nonzero(chosen.groups.zero()).flatten().tolist()
-        gone = gone if space.is_valid(gone) else []
-        small = erasing.erase(module, graph, erasing.Space.of(graph), gone)
+        if not space.is_valid(gone):
+            raise InputError("every path from input to output became zero; lower the penalty")
+        small = erasing.erase(module, before, erasing.Space.of(before), gone)
         made = Construction(
-            small,
-            chosen.groups.total,
-            len(gone),
-            output_difference(module, small, network.example_inputs),
+            module=small,
+            groups=chosen.groups.total,
+            removed=len(gone),
+            parameters=sum(p.numel() for p in small.parameters()),
+            macs=Graph.trace(small, network.example_inputs).macs,
+            error=output_difference(module, small, network.example_inputs),
         )
         names = [space.candidates[i].name for i in gone]
     else:
         assert dependency is not None
-        made = construct(module, analyse(module, network.example_inputs))
+        made = construct(module, dependency)
         names = []
-    after = Graph.trace(made.module, network.example_inputs)
     report = {
         "groups": made.groups,
         "removed": made.removed,
         "sparsity": made.removed / made.groups,
         "erased": names,
         "output_difference": made.error,
-        "parameters": [parameters, after.parameters],
-        "macs": [macs, after.macs],
+        "parameters": [full["parameters"], made.parameters],
+        "macs": [full["macs"], made.macs],
         "loss": history.loss[-1] if history.loss else None,
         "seconds": history.seconds,
         "notes": list(made.notes),
     }
     options = {
         "optimizer": optimizer,
-        "target": target,
+        **({} if given else {"target": target}),
+        **given,
         "erase": erase,
         "epochs": epochs,
         "batch_size": batch_size,
@@ -1118,6 +1162,21 @@ def otov3(
     return network.after("otov3", options, report, module=made.module)
 
 
+def _reads(graph: Graph, module: nn.Module) -> bool:
+    """Whether a trace's tensors are still those of the module."""
+    now = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return all(
+        now[name].data_ptr() == tensor.data_ptr()
+        for name, tensor in graph.tensors.items()
+        if graph.kinds[name] != "constant"
+    )
+
+
+def _cost(dependency: Dependency, groups: Groups, what: str) -> Callable[[Tensor], float]:
+    """MACs or parameters of the network without the groups of a mask."""
+    return lambda mask: float(getattr(dependency.cost(groups.removal(mask)), what))
+
+
 def _optimizer(
     module: nn.Module,
     dependency: Dependency | None,
@@ -1125,6 +1184,7 @@ def _optimizer(
     name: str,
     *,
     target: float,
+    budget: Mapping[str, float],
     erase: int,
     start: int,
     steps: int,
@@ -1151,10 +1211,14 @@ def _optimizer(
     assert dependency is not None
     groups = Groups.of(module, dependency, silenceable=True)
     if name == "hesso":
+        cost = None
+        for what, value in budget.items():
+            target, cost = value, _cost(dependency, groups, what)
         return HESSO(
             module,
             groups,
             target=target,
+            cost=cost,
             start=start,
             steps=steps,
             periods=periods,

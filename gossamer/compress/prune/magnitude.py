@@ -20,7 +20,6 @@ from gossamer.core import surgery
 from gossamer.core.dependency import analyse
 from gossamer.core.errors import InputError
 from gossamer.core.fit import Supervised, cosine, fit, sgd
-from gossamer.core.graph import Graph
 from gossamer.core.network import Network
 from gossamer.core.task import Task, seed_of
 
@@ -105,6 +104,7 @@ def prune(
     }
     record = []
     dependency = first
+    after, left = first.graph.cost(), first.units
     for number in range(rounds):
         if number:
             dependency = analyse(module, network.example_inputs)
@@ -126,6 +126,8 @@ def prune(
         removal = {i: mask.cpu() for i, mask in enumerate(removed) if bool(mask.any())}
         result = surgery.remove(module, dependency, removal, verify=True)
         module = result.module
+        after = dependency.cost(removal)
+        left = dependency.units - sum(int(mask.sum()) for mask in removal.values())
         record.append(
             {
                 "removed": {
@@ -152,10 +154,10 @@ def prune(
             )
             module.cpu()
     module.eval()
-    after = Graph.trace(module, network.example_inputs)
     report = {
         "parameters": [int(start["parameters"]), after.parameters],
         "macs": [int(start["macs"]), after.macs],
+        "units": [first.units, left],
         "rounds": record,
     }
     options = {

@@ -362,7 +362,7 @@ def test_proximal_step() -> None:
     # A zero group may come back, unlike under the half-space methods.
     module.weight.grad = torch.tensor([[0.0, 0.0], [-9.0, 0.0]])
     optimizer.step()
-    assert float(module.weight[1].norm()) > 0
+    assert module.weight.detach()[1].norm() > 0
 
 
 # Checkpoints -------------------------------------------------------------------------------
@@ -461,6 +461,23 @@ def test_otov3_trains_and_constructs(optimizer: str) -> None:
     assert task.score(result.module, "validation") > 85
     for name, tensor in network.module.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("budget", ["macs", "parameters"])
+def test_hesso_meets_a_budget_of_cost(budget: str) -> None:
+    torch.set_num_threads(1)
+    task = digits()
+    network = Network(small_net(), task.example_inputs)
+    options = {"epochs": 2, "batch_size": 64, "start": 0.1, "duration": 0.6, "periods": 4}
+    result = otov3(network, task, **{budget: 0.4}, **options, cpu=True)  # type: ignore[arg-type]
+    full, left = result.steps[-1]["report"][budget]
+    # The last unit that went is at most a twelfth of either.
+    assert 0.3 * full < left <= 0.4 * full
+    assert result.steps[-1]["report"]["output_difference"] < 1e-5
+    with pytest.raises(InputError, match="one budget"):
+        otov3(network, task, macs=0.5, parameters=0.5)
+    with pytest.raises(InputError, match="HESSO only"):
+        otov3(network, task, macs=0.5, optimizer="dhspg")
 
 
 def test_protect_runs_before_pruning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Experiments of the systems in :mod:`gossamer.compress.prune`."""
