@@ -173,6 +173,7 @@ def distil(
         },
         {"loss": history.loss[-1] if history.loss else None},
         module=student.cpu(),
+        storage={},
         # A file that an earlier step prepared has the old weights in it.
         write_onnx=None,
     )

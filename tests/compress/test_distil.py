@@ -60,7 +60,7 @@ def test_step_moves_the_student_towards_the_teacher(task):
     teacher, student = linear(0), linear(1)  # an untrained teacher: only it can be copied
     network = Network(student, task.example_inputs)
     before = student[1].weight.detach().clone()
-    result = distil(network, task, teacher=teacher, epochs=15, learning_rate=0.3, weight=1.0)
+    result = distil(network, task, teacher=teacher, epochs=15, lr=0.3, weight=1.0)
     assert torch.equal(student[1].weight, before)
     assert result.steps[-1]["step"] == "distil"
     x = next(iter(task.batches("validation")))[0]

@@ -916,8 +916,10 @@ def quantized_distillation(
     weight: float = 0.7,
     epochs: int = 40,
     batch_size: int = 25,
-    learning_rate: float = 1e-3,
+    lr: float = 1e-3,
     seed: int = 0,
+    checkpoint: Path | None = None,
+    cpu: bool = False,
     packed_file: Path | None = None,
 ) -> Network:
     """Trains a few-bit student under a teacher (a step of a recipe).
@@ -936,8 +938,10 @@ def quantized_distillation(
         weight: lambda, share of the teacher.
         epochs: passes over the training split.
         batch_size: samples a batch.
-        learning_rate: at the start; falls to 0 along half a cosine.
+        lr: learning rate at the start; falls to 0 along half a cosine.
         seed: of data order and random rounding.
+        checkpoint: file that holds the run's state; an interrupted run resumes from it.
+        cpu: stay on the CPU although there is a GPU.
         packed_file: where to write the packed form, or None.
 
     Returns:
@@ -955,9 +959,18 @@ def quantized_distillation(
         skip=skip,
         temperature=temperature,
         weight=weight,
-        optimizer=published_sgd(student.parameters(), learning_rate),
+        optimizer=published_sgd(student.parameters(), lr),
     )
-    history = fit(rule, task, epochs=epochs, batch_size=batch_size, seed=seed, title="QD")
+    history = fit(
+        rule,
+        task,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        checkpoint=checkpoint,
+        cpu=cpu,
+        title="QD",
+    )
     options = {
         "bits": bits,
         "bucket": bucket,
@@ -969,7 +982,7 @@ def quantized_distillation(
         "weight": weight,
         "epochs": epochs,
         "batch_size": batch_size,
-        "learning_rate": learning_rate,
+        "lr": lr,
         "seed": seed,
     }
     report = {"loss": history.loss[-1] if history.loss else None}
@@ -991,8 +1004,10 @@ def differentiable_quantization(
     weight: float = 0.7,
     epochs: int = 10,
     batch_size: int = 25,
-    learning_rate: float = 1e-5,
+    lr: float = 1e-5,
     seed: int = 0,
+    checkpoint: Path | None = None,
+    cpu: bool = False,
     packed_file: Path | None = None,
 ) -> Network:
     """Learns where the levels of a trained network's weights should lie (a step of a recipe).
@@ -1011,8 +1026,10 @@ def differentiable_quantization(
         weight: lambda, share of the teacher.
         epochs: passes over the training split.
         batch_size: samples a batch.
-        learning_rate: of the level positions, at the start; falls to 0 along half a cosine.
+        lr: learning rate of the level positions at the start; falls to 0 along half a cosine.
         seed: of the data order.
+        checkpoint: file that holds the run's state; an interrupted run resumes from it.
+        cpu: stay on the CPU although there is a GPU.
         packed_file: where to write the packed form, or None.
 
     Returns:
@@ -1029,9 +1046,18 @@ def differentiable_quantization(
         skip=skip,
         temperature=temperature,
         weight=weight,
-        learning_rate=learning_rate,
+        learning_rate=lr,
     )
-    history = fit(rule, task, epochs=epochs, batch_size=batch_size, seed=seed, title="DQ")
+    history = fit(
+        rule,
+        task,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        checkpoint=checkpoint,
+        cpu=cpu,
+        title="DQ",
+    )
     options = {
         "levels": levels,
         "bucket": bucket,
@@ -1042,7 +1068,7 @@ def differentiable_quantization(
         "weight": weight,
         "epochs": epochs,
         "batch_size": batch_size,
-        "learning_rate": learning_rate,
+        "lr": lr,
         "seed": seed,
     }
     report = {

@@ -125,7 +125,7 @@ def test_quantized_training_learns_and_beats_rounding(task, teacher):
     rounded = post_mortem(Network(floating, task.example_inputs), task, bits=2)
     learned = quantized_distillation(
         Network(student, task.example_inputs), task, teacher=teacher, bits=2, epochs=25,
-        batch_size=64, learning_rate=0.05,
+        batch_size=64, lr=0.05,
     )  # fmt: skip
     assert task.score(floating) > 90
     assert task.score(learned.module) > max(75, task.score(rounded.module) + 5)
@@ -171,7 +171,7 @@ def test_levels_learn_and_bn_statistics_are_stored(task, trained):
     before = trained[1].running_mean.clone()
     start = LearnedLevels(trained, levels=4)
     result = differentiable_quantization(
-        network, task, levels=4, epochs=8, batch_size=64, learning_rate=5e-4,
+        network, task, levels=4, epochs=8, batch_size=64, lr=5e-4,
         redistribute_batches=0,
     )  # fmt: skip
     rounded = post_mortem(network, task, bits=2)

@@ -99,7 +99,7 @@ def test_too_little_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(InputError, match="are needed"):
         CharacterText(tmp_path)
-    with pytest.raises(InputError, match="has no train_jpeg"):
+    with pytest.raises(InputError, match="are needed"):
         next(iter(full([0], images=tmp_path, text=tmp_path)))
 
 
