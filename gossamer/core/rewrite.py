@@ -48,6 +48,8 @@ class Rewrite:
     dependency: Dependency
     gone: np.ndarray
     bias: Mapping[str, Tensor] = field(default_factory=dict)
+    exact: dict[str, Tensor] = field(default_factory=dict)
+    """Folded biases in float64, before they are rounded to the network's precision."""
 
     def keep(self, node: Any, axis: int) -> np.ndarray | None:
         """Which indices of a tensor's axis stay; None if all do."""
@@ -71,12 +73,11 @@ class Rewrite:
             keep = self.keep(node.args[1], 0)
             if keep is not None:
                 extra = extra[torch.from_numpy(keep)]
+            weight = result[str(node.args[1].target)]
             if name in result:
-                old = result[name]
-                result[name] = nn.Parameter(old.detach() + extra.to(old.dtype))
-            else:
-                weight = result[str(node.args[1].target)]
-                result[name] = nn.Parameter(extra.to(weight.dtype))
+                extra = extra + result[name].detach().double()
+            self.exact[name] = extra
+            result[name] = nn.Parameter(extra.to(weight.dtype))
         return result
 
     def _bias_name(self, node: fx.Node) -> str:

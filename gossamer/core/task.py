@@ -264,8 +264,10 @@ class Classification(Task):
         self.label_smoothing = label_smoothing
         self.evaluation_batch_size = evaluation_batch_size
         if len(self.classes) < 2:
-            raise InputError(f"{name} has only one class ({', '.join(self.classes) or 'none'}); "
-                             "a classifier needs at least two")
+            raise InputError(
+                f"{name} has only one class ({', '.join(self.classes) or 'none'}); "
+                "a classifier needs at least two"
+            )
         for split in ("train", "validation"):
             if split not in self.splits:
                 raise InputError(f"{name} has no {split} split")
@@ -323,9 +325,7 @@ class Classification(Task):
         device = device_of(model)
         logits, labels = [], []
         with evaluating(model):
-            for batch in self.batches(
-                split, batch_size=self.evaluation_batch_size, shuffle=False
-            ):
+            for batch in self.batches(split, batch_size=self.evaluation_batch_size, shuffle=False):
                 logits.append(logits_of(self.outputs(model, to_device(batch, device))).cpu())
                 labels.append(batch[1])
         return torch.cat(logits), torch.cat(labels)
@@ -364,4 +364,6 @@ def logits_of(outputs: Any) -> Tensor:
         return outputs.logits
     if isinstance(outputs, tuple | list) and outputs and isinstance(outputs[0], Tensor):
         return outputs[0]
-    raise InputError(f"the network answers a {type(outputs).__name__}, in which no logits are found")
+    raise InputError(
+        f"the network answers a {type(outputs).__name__}, in which no logits are found"
+    )
