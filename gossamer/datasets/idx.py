@@ -21,7 +21,7 @@ from gossamer.core.files import read_json
 from gossamer.core.task import Augment, Classification
 from gossamer.datasets.arrays import ArraySource
 from gossamer.datasets.augment import compose, flip, shift
-from gossamer.datasets.splits import assemble
+from gossamer.datasets.splits import assemble, numbered_classes
 
 UNSIGNED_BYTES = 8
 FASHION = (
@@ -85,10 +85,10 @@ def idx_folder(
         for split, prefix in (("train", "train"), ("test", "t10k"))
     }
     fashion = "fashion" in str(place.resolve()).lower()
-    count = int(max(source.labels.max() for source in sources.values() if len(source))) + 1
     names = _names(place)
     if names is None:
-        names = FASHION if fashion and count <= len(FASHION) else [str(k) for k in range(count)]
+        names = numbered_classes([source.labels for source in sources.values()], root.name)
+        names = FASHION if fashion and len(names) <= len(FASHION) else names
     return assemble(
         sources["train"],
         names,

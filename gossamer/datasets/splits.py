@@ -147,6 +147,27 @@ def assemble(
     return Classification(splits, preprocess, classes, name=name, augment=augment)
 
 
+def numbered_classes(labels: Sequence[Tensor], name: str) -> list[str]:
+    """Names for classes that have none: their numbers.
+
+    Args:
+        labels: class indices of each split.
+        name: of the data, for errors.
+
+    Raises:
+        InputError: if a number is so high that most classes would have no image.
+    """
+    present = [split for split in labels if len(split)]
+    count = max((int(split.max()) for split in present), default=-1) + 1
+    images = sum(len(split) for split in present)
+    if count > images:
+        raise InputError(
+            f"{name} has label {count - 1}, but only {images} images and no names of classes; "
+            "number the classes from 0"
+        )
+    return [str(label) for label in range(count)]
+
+
 def statistics(source: Source, scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, after division by ``scale``.
 

@@ -25,7 +25,7 @@ from gossamer.core.task import Augment, Classification
 from gossamer.datasets.augment import compose, flip, shift
 from gossamer.datasets.encoded import CACHE_BYTES, EncodedSource, encoded
 from gossamer.datasets.idx import class_names
-from gossamer.datasets.splits import assemble
+from gossamer.datasets.splits import assemble, numbered_classes
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls")
@@ -129,8 +129,7 @@ def assemble_tables(
         classes = parts["train"].classes
     every = list(parts.values())
     if classes is None:
-        labels = [table.labels.max() for table in every if len(table.labels)]
-        classes = [str(label) for label in range(int(max(labels, default=-1)) + 1)]
+        classes = numbered_classes([table.labels for table in every], name)
     first = encoded(
         [content for table in every for content in table.contents],
         [image for table in every for image in table.names],

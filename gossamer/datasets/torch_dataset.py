@@ -14,7 +14,7 @@ from gossamer.core.errors import InputError
 from gossamer.core.progress import progress
 from gossamer.core.task import Augment, Classification
 from gossamer.datasets.arrays import fit_images
-from gossamer.datasets.splits import assemble
+from gossamer.datasets.splits import assemble, numbered_classes
 
 
 class Pairs(Protocol):
@@ -138,14 +138,15 @@ def from_dataset(
     whole = first.dtype == torch.uint8
     if not whole and mean is None and std is None:
         mean, std = (0.0,) * first.channels, (1.0,) * first.channels
+    name = name or type(train).__name__
     if classes is None:
-        known = getattr(train, "classes", None)
-        count = int(max(source.labels.max() for source in sources.values())) + 1
-        classes = list(known) if known is not None else [str(label) for label in range(count)]
+        classes = getattr(train, "classes", None)
+    if classes is None:
+        classes = numbered_classes([source.labels for source in sources.values()], name)
     return assemble(
         first,
         classes,
-        name=name or type(train).__name__,
+        name=name,
         seed=seed,
         validation=sources.get("validation"),
         test=sources.get("test"),

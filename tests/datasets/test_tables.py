@@ -90,6 +90,7 @@ def test_names_of_classes(tmp_path: Path) -> None:
         ({"image": [{"bytes": None, "path": "/etc/passwd"}] * 40}, "outside of the table"),
         ({"label": [3] * 40}, "have one and the same class"),
         ({"label": [-1, *[2] * 39]}, "has label -1"),
+        ({"label": [1 << 61, *[2] * 39]}, "has label 2305843009213693952, but only 40 images"),
         ({"image": pa.array([], "binary"), "label": pa.array([], "int8")}, "there are no images"),
     ],
 )
