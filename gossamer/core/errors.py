@@ -9,7 +9,21 @@ from __future__ import annotations
 
 
 class GossamerError(Exception):
-    """A problem the user can understand and mend; ``str(error)`` is one sentence."""
+    """A problem the user can understand and mend; ``str(error)`` is one line.
+
+    Names that come out of files may hold anything; line ends, terminal codes and halves of
+    characters are shown escaped.
+
+    Args:
+        sentence: what was wrong, where, and what to do.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(
+            "".join(
+                c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(sentence)
+            )
+        )
 
 
 class InputError(GossamerError):
