@@ -22,28 +22,32 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-TIMM = """
-resnet18 resnet50 resnext50_32x4d seresnet50 resnetv2_50 resnest14d res2net50_26w_4s
-wide_resnet50_2 skresnet18 ecaresnet26t gcresnet33ts densenet121 dpn68 dla34 vgg11_bn
-inception_v3 inception_v4 xception41 nasnetalarge hrnet_w18_small darknet53 cspresnet50
-cspdarknet53 repvgg_a0 regnetx_002 regnety_002 mobilenetv2_100 mobilenetv3_small_100
-mobilenetv4_conv_small mnasnet_100 efficientnet_b0 efficientnetv2_rw_t ghostnet_100 tinynet_e
-lcnet_050 rexnet_100 selecsls42b vovnet39a dm_nfnet_f0 nf_resnet50 convnext_atto
-convnextv2_atto poolformer_s12 caformer_s18 mixer_s32_224 resmlp_12_224
-gmlp_s16_224 convmixer_768_32 vit_tiny_patch16_224 deit_tiny_patch16_224 cait_xxs24_224
-xcit_nano_12_p16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 coat_tiny
-coatnet_nano_rw_224 maxvit_nano_rw_256 mvitv2_tiny levit_128s mobilevit_xxs mobilevitv2_050
-edgenext_xx_small efficientformer_l1 fastvit_t8 pvt_v2_b0 twins_svt_small crossvit_tiny_240
-visformer_tiny tnt_s_patch16_224 pit_ti_224 volo_d1_224 beit_base_patch16_224 focalnet_tiny_srf
-davit_tiny nest_tiny hardcorenas_a halonet26t lambda_resnet26t bat_resnext26ts sequencer2d_s
-mambaout_femto repvit_m0_9 starnet_s1 rdnet_tiny inception_next_atto tiny_vit_5m_224
-""".split()  # fmt: skip
+TIMM = [
+    "resnet18", "resnet50", "resnext50_32x4d", "seresnet50", "resnetv2_50", "resnest14d",
+    "res2net50_26w_4s", "wide_resnet50_2", "skresnet18", "ecaresnet26t", "gcresnet33ts",
+    "densenet121", "dpn68", "dla34", "vgg11_bn", "inception_v3", "inception_v4", "xception41",
+    "nasnetalarge", "hrnet_w18_small", "darknet53", "cspresnet50", "cspdarknet53", "repvgg_a0",
+    "regnetx_002", "regnety_002", "mobilenetv2_100", "mobilenetv3_small_100",
+    "mobilenetv4_conv_small", "mnasnet_100", "efficientnet_b0", "efficientnetv2_rw_t",
+    "ghostnet_100", "tinynet_e", "lcnet_050", "rexnet_100", "selecsls42b", "vovnet39a",
+    "dm_nfnet_f0", "nf_resnet50", "convnext_atto", "convnextv2_atto", "poolformer_s12",
+    "caformer_s18", "mixer_s32_224", "resmlp_12_224", "gmlp_s16_224", "convmixer_768_32",
+    "vit_tiny_patch16_224", "deit_tiny_patch16_224", "cait_xxs24_224", "xcit_nano_12_p16_224",
+    "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "coat_tiny", "coatnet_nano_rw_224",
+    "maxvit_nano_rw_256", "mvitv2_tiny", "levit_128s", "mobilevit_xxs", "mobilevitv2_050",
+    "edgenext_xx_small", "efficientformer_l1", "fastvit_t8", "pvt_v2_b0", "twins_svt_small",
+    "crossvit_tiny_240", "visformer_tiny", "tnt_s_patch16_224", "pit_ti_224", "volo_d1_224",
+    "beit_base_patch16_224", "focalnet_tiny_srf", "davit_tiny", "nest_tiny", "hardcorenas_a",
+    "halonet26t", "lambda_resnet26t", "bat_resnext26ts", "sequencer2d_s", "mambaout_femto",
+    "repvit_m0_9", "starnet_s1", "rdnet_tiny", "inception_next_atto", "tiny_vit_5m_224",
+]  # fmt: skip
 
-TRANSFORMERS = """
-GPT2Config LlamaConfig MistralConfig Qwen2Config Qwen3Config GemmaConfig OPTConfig BertConfig
-DistilBertConfig RobertaConfig T5Config ViTConfig SwinConfig WhisperConfig PhiConfig
-GPTNeoXConfig ElectraConfig ConvNextConfig
-""".split()  # fmt: skip
+TRANSFORMERS = [
+    "GPT2Config", "LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config", "GemmaConfig",
+    "OPTConfig", "BertConfig", "DistilBertConfig", "RobertaConfig", "T5Config", "ViTConfig",
+    "SwinConfig", "WhisperConfig", "PhiConfig", "GPTNeoXConfig", "ElectraConfig",
+    "ConvNextConfig",
+]  # fmt: skip
 
 SMALL = {
     "hidden_size": 64, "n_embd": 64, "d_model": 64, "dim": 64, "embed_dim": 32,
@@ -252,8 +256,9 @@ def main() -> None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     good = [r for r in rows if r["verified"] and r["macs_kept"] <= 0.6]
     times = [r["seconds_prune"] for r in rows if r["seconds_prune"] is not None]
-    print(f"\n{len(good)} of {len(rows)} networks at <= 0.6 of their MACs and verified "
-          f"({100 * len(good) / len(rows):.1f} %); median {median(times):.1f} s to prune")  # fmt: skip
+    share = 100 * len(good) / len(rows)
+    print(f"\n{len(good)} of {len(rows)} networks at <= 0.6 of their MACs and verified")
+    print(f"{share:.1f} %; median {median(times):.1f} s to prune")
     if peer_installed:
         right = sum((r["peer"] or {}).get("outcome") == "pruned" for r in rows)
         print(f"Torch-Pruning: {right} of {len(rows)}")

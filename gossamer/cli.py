@@ -85,7 +85,7 @@ def shrink(
 ) -> None:
     """Make a network smaller within a budget, export and verify it, and write a report.
 
-    Example: gossamer shrink resnet18 --data photos/ --weights my.safetensors --macs 0.5 --out small/
+    Example: gossamer shrink resnet18 --data photos/ --weights my.safetensors --macs 0.5
 
     Without MODEL and --data: a residual network and real handwritten digits, both embedded.
 
@@ -159,9 +159,7 @@ def shrink(
     _show_report(result.report, out)
 
 
-def _task(
-    data: str, model: str, *, image_size: int | None, seed: int, limit: int | None
-) -> Task:
+def _task(data: str, model: str, *, image_size: int | None, seed: int, limit: int | None) -> Task:
     """The data, at the size and with the channels the network is made for."""
     from gossamer.datasets import open_task
 
@@ -281,7 +279,9 @@ def _show_report(report: Any, out: Path) -> None:
         f"({speed['low']:.2f} to {speed['high']:.2f}{said})"
     )
     console.print(f"verified: {'yes' if report['verified'] else 'no'}")
-    console.print(f"written to {out}: model.onnx, model.pt2, network.json, report.html", style="bold")
+    console.print(
+        f"written to {out}: model.onnx, model.pt2, network.json, report.html", style="bold"
+    )
 
 
 @app.command
@@ -317,7 +317,9 @@ def predict(folder: Path, *images: Path, top: int = 1, json_: Json = False) -> N
     runner = OnnxRunner(path)
     task = runner.metadata().get("task", {})
     if "preprocess" not in task or "classes" not in task:
-        raise InputError(f"{path} carries no preprocessing and class names; was it written by shrink?")
+        raise InputError(
+            f"{path} carries no preprocessing and class names; was it written by shrink?"
+        )
     preprocess = Preprocess.from_json(task["preprocess"])
     size = (preprocess.height, preprocess.width)
     found = []
@@ -444,7 +446,7 @@ def _show_profile(report: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"{report['parameters']:,} parameters, {report['macs']:,} MACs, "
-        f"{report['activation_bytes'] / 1e6:.2f} MB of activations at the peak (one sample, float32)"
+        f"{report['activation_bytes'] / 1e6:.2f} MB of activations at the peak of one sample"
     )
     if "measured" in report:
         latency = report["measured"]["latency"]

@@ -48,7 +48,7 @@ class Limit:
         unit = match.group(2) if match else ""
         if match is None or (unit != "%" and unit not in _UNITS[name]):
             raise InputError(
-                f"the budget --{name} cannot be {value!r:.40}: give a share of the original as 0.5, "
+                f"the budget --{name} cannot be {value!r:.40}: give a share of the original as 0.5 "
                 f"or a value with a unit ({', '.join(u for u in _UNITS[name] if u) or 'none'})"
             )
         number = float(match.group(1)) / (100.0 if unit == "%" else 1.0)

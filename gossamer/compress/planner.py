@@ -161,13 +161,17 @@ class Planner:
             # Half of the search goes to the first rung; at least a handful of recipes is tried.
             while (left() > 0.5 * search_time or number < 4) and number < 60:
                 if (number, 0) not in done:
-                    params = self._propose(number, base, [t for (_, r), t in done.items() if r == 0])
+                    params = self._propose(
+                        number, base, [t for (_, r), t in done.items() if r == 0]
+                    )
                     done[number, 0] = self._try(number, 0, params, epochs[0], base, score)
                 number += 1
                 bar.update(shown, completed=search_time - left())
             for rung in range(1, RUNGS):
                 alive = [t for (_, r), t in done.items() if r == rung - 1]
-                for trial in ranked(alive, self.budget.max_drop)[: max(1, math.ceil(len(alive) / ETA))]:
+                for trial in ranked(alive, self.budget.max_drop)[
+                    : max(1, math.ceil(len(alive) / ETA))
+                ]:
                     key = (trial["number"], rung)
                     if key in done:
                         continue
@@ -288,9 +292,7 @@ class Planner:
         try:
             network, seed = self.dense, seed_of("trial", self.seed, number)
             for step, own in zip(recipe.steps, recipe.seeds(seed), strict=True):
-                network = step.apply(
-                    network, self.task, teacher=self.dense, seed=own, cpu=self.cpu
-                )
+                network = step.apply(network, self.task, teacher=self.dense, seed=own, cpu=self.cpu)
             measured, files = costs(
                 {"dense": folder / "dense.onnx", "trial": network},
                 self.dense.example_inputs,
@@ -373,4 +375,3 @@ def mark_front(trials: Sequence[dict[str, Any]]) -> None:
     for trial, own in zip(points, values, strict=True):
         beaten = (values <= own).all(1) & (values < own).any(1)
         trial["on_front"] = not beaten.any()
-

@@ -36,7 +36,9 @@ STEPS: dict[str, str] = {
     "finetune": "gossamer.compress.finetune:finetune",
     "distil": "gossamer.compress.distil:distil",
     "quantized-distillation": "gossamer.compress.quantize.distilled:quantized_distillation",
-    "differentiable-quantization": "gossamer.compress.quantize.distilled:differentiable_quantization",
+    "differentiable-quantization": (
+        "gossamer.compress.quantize.distilled:differentiable_quantization"
+    ),
     "post-mortem": "gossamer.compress.quantize.distilled:post_mortem",
     "int8": "gossamer.compress.quantize.post_training:int8",
 }
@@ -184,7 +186,9 @@ class Recipe:
             elif isinstance(entry, dict) and len(entry) == 1:
                 ((name, options),) = entry.items()
                 if options is not None and not isinstance(options, dict):
-                    raise InputError(f"step {number} of {source}: the options of {name} are no mapping")
+                    raise InputError(
+                        f"step {number} of {source}: the options of {name} are no mapping"
+                    )
                 steps.append(Step(str(name), {str(k): v for k, v in (options or {}).items()}))
             else:
                 raise InputError(f"step {number} of {source} is not a name with options")

@@ -1,4 +1,4 @@
-"""The main job: network, data and budget in; a smaller, exported, verified network and a report out.
+"""The main job: network, data and budget in; a smaller, verified network and a report out.
 
 The dense network is trained first if it has no weights. A recipe is applied, or searched for within
 the given minutes. What is reported is measured on the exported files after they were written and
@@ -239,7 +239,7 @@ class _Job:
         if broken:
             work.clear("export")
             raise BudgetError(
-                f"the budget cannot be met: {' and '.join(broken)}; relax it, or give more --minutes"
+                f"the budget cannot be met: {' and '.join(broken)}; relax it or give more --minutes"
             )
         verified, checks = self._verified(small, files["after"])
         report = {

@@ -267,9 +267,7 @@ class Dependency:
                 key = self.propagation.store.find(vector).tobytes()
                 if key not in found:
                     found[key] = (len(vector), *self._incidence(vector))
-        return [
-            entry for entry in found.values() if len(np.unique(entry[1])) == entry[0]
-        ]
+        return [entry for entry in found.values() if len(np.unique(entry[1])) == entry[0]]
 
     def kept(self, vector: Vector | None, gone: np.ndarray) -> np.ndarray | None:
         """Which indices of an axis stay, bool ``[size]``; None if all do."""

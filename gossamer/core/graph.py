@@ -37,12 +37,13 @@ _GUARDS = {
     "aten.sym_constrain_range.default",
 }
 # Operators that only look at their input's storage in another way.
-VIEWS = frozenset(
-    "view reshape _unsafe_view permute transpose t flatten unflatten squeeze unsqueeze expand "
-    "slice select split split_with_sizes chunk unbind detach detach_ alias narrow movedim "
-    "lift_fresh_copy swapaxes expand_as view_as diagonal tensor_split numpy_T mT unsafe_chunk "
-    "unsafe_split reshape_as squeeze_ unsqueeze_ lift_fresh".split()
-)
+VIEWS = {
+    "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "flatten", "unflatten",
+    "squeeze", "unsqueeze", "expand", "slice", "select", "split", "split_with_sizes", "chunk",
+    "unbind", "detach", "detach_", "alias", "narrow", "movedim", "lift_fresh_copy", "swapaxes",
+    "expand_as", "view_as", "diagonal", "tensor_split", "numpy_T", "mT", "unsafe_chunk",
+    "unsafe_split", "reshape_as", "squeeze_", "unsqueeze_", "lift_fresh",
+}  # fmt: skip
 
 
 def op_name(target: Any) -> str:
@@ -168,8 +169,8 @@ class Graph:
             if kind == "USER_INPUT":
                 env[node] = _like(graph.placeholder(node.name), node)
             elif kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
-                target = spec.target
-                tensor = (
+                target = str(spec.target)
+                tensor: Any = (
                     program.state_dict[target]
                     if target in program.state_dict
                     else program.constants[target]
@@ -196,12 +197,14 @@ class Graph:
         ]
         graph.output(tuple(kept))
         _drop_unused(graph)
+        outputs = program.call_spec.out_spec
+        assert outputs is not None
         used = {node.target for node in graph.nodes if node.op == "get_attr"}
         return cls(
             graph,
             {name: tensor for name, tensor in tensors.items() if name in used},
             {name: kind for name, kind in kinds.items() if name in used},
-            program.call_spec.out_spec,
+            outputs,
             dynamic=dynamic,
             parameters=sum(p.numel() for p in module.parameters()),
             example_inputs=example_inputs,
@@ -381,7 +384,7 @@ def _export(
             reason = error
             continue
         free = any(
-            isinstance(size, torch.SymInt)
+            isinstance(size, torch.SymInt) and not size.node.expr.is_number
             for node in program.graph.nodes
             if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
             for size in node.meta["val"].shape

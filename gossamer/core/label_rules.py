@@ -28,6 +28,10 @@ AxisLabels = list[Vector | None]
 BATCH = 13  # stands for the free batch size; a prime keeps factorisations of shapes unambiguous
 
 
+# They fix the axis they choose from, which was made to be chosen from: nothing to report.
+_SELECTIONS = {"select", "unbind", "embedding", "split", "chunk", "split_with_sizes", "slice"}
+
+
 @dataclass
 class Pin:
     """An axis that was fixed because of an operator.
@@ -63,6 +67,7 @@ class Propagation:
     approximate: list[Vector] = field(default_factory=list)
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     tensor_labels: dict[str, AxisLabels] = field(default_factory=dict)
+    _current: fx.Node | None = None
 
     def run(self) -> None:
         """Visits every node once, in execution order."""
@@ -79,6 +84,7 @@ class Propagation:
             elif node.op == "call_function":
                 self.labels[node] = self._visit(node)
             elif node.op == "output":
+                self._current = None
                 for source in node.all_input_nodes:
                     self.fix(self.labels.get(source))
 
@@ -93,13 +99,18 @@ class Propagation:
         rule = RULES.get(name) or RULES.get(name.rstrip("_"))
         if rule is None and _is_pointwise(node.target):
             rule = pointwise
-        if rule is not None:
+        if rule is None:
+            return self.unknown(node, "no rule for this operator")
+        self._current = node
+        try:
             return rule(self, node)
-        return self.unknown(node, "no rule for this operator")
+        except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+            # Arguments of a form the rule does not know: less can be pruned, nothing goes wrong.
+            return self.unknown(node, f"its rule does not know this form ({type(error).__name__})")
 
     def unknown(self, node: fx.Node, why: str) -> Any:
         """Fixes everything a node touches, and says so if that forbids anything."""
-        touched = False
+        touched, self._current = False, None
         for source in node.all_input_nodes:
             touched |= self.fix(self.labels.get(source))
         if touched:
@@ -125,6 +136,9 @@ class Propagation:
         if vector is None or not self.store.find(vector).any():
             return False
         self.store.pin(vector)
+        if self._current is not None and op_name(self._current.target) not in _SELECTIONS:
+            node = self._current
+            self.pins.append(Pin(op_name(node.target), "the order along an axis", line_of(node)))
         return True
 
     def fixed(self, node: fx.Node) -> AxisLabels:
@@ -601,7 +615,8 @@ def _spatial(channels: int) -> Rule:
 
 
 for _name, _axes in (
-    *((f"{kind}_pool{n}d", n) for n in (1, 2, 3) for kind in ("max", "avg", "adaptive_avg", "adaptive_max")),
+    *((f"{kind}_pool{n}d", n) for n in (1, 2, 3) for kind in ("max", "avg")),
+    *((f"adaptive_{kind}_pool{n}d", n) for n in (1, 2, 3) for kind in ("max", "avg")),
     *((f"max_pool{n}d_with_indices", n) for n in (2, 3)),
     *((f"_adaptive_avg_pool{n}d", n) for n in (2, 3)),
     ("upsample_nearest1d", 1), ("upsample_nearest2d", 2), ("upsample_bilinear2d", 2),
@@ -718,7 +733,10 @@ def transposed(p: Propagation, node: fx.Node) -> AxisLabels:
 @rule("movedim")
 def movedim(p: Propagation, node: fx.Node) -> AxisLabels:
     x = p.of(node.args[0])
-    order = torch.movedim(torch.empty(range(2, 2 + len(x)), device="meta"), *node.args[1:3])
+    source: Any = node.args[1]
+    target: Any = node.args[2]
+    # Each axis is told apart by its size.
+    order = torch.movedim(torch.empty(range(2, 2 + len(x)), device="meta"), source, target)
     return [x[size - 2] for size in order.shape]
 
 

@@ -85,7 +85,9 @@ class Rewrite:
         if bias is not None:
             return str(bias.target)
         weight = str(node.args[1].target)  # type: ignore[union-attr]
-        return f"{weight.rpartition('.')[0]}.bias" if weight.endswith(".weight") else f"{weight}_bias"
+        return (
+            f"{weight.rpartition('.')[0]}.bias" if weight.endswith(".weight") else f"{weight}_bias"
+        )
 
     def graph(self) -> Graph:
         """The smaller graph."""
@@ -114,22 +116,20 @@ class Rewrite:
             env[node] = copy
         kinds = dict(source.kinds)
         for name in tensors:
-            kinds.setdefault(name, "parameter" if isinstance(tensors[name], nn.Parameter) else "constant")
+            kinds.setdefault(
+                name, "parameter" if isinstance(tensors[name], nn.Parameter) else "constant"
+            )
         return Graph(
             new,
             tensors,
             kinds,
             source.outputs,
             dynamic=source.dynamic,
-            parameters=sum(
-                t.numel() for n, t in tensors.items() if kinds[n] == "parameter"
-            ),
+            parameters=sum(t.numel() for n, t in tensors.items() if kinds[n] == "parameter"),
             example_inputs=source.example_inputs,
         )
 
-    def sizes(
-        self, node: fx.Node, new: fx.Graph, given: list[Any], first: int = 0
-    ) -> list[Any]:
+    def sizes(self, node: fx.Node, new: fx.Graph, given: list[Any], first: int = 0) -> list[Any]:
         """Puts right the sizes ``given`` for the output axes of ``node`` from ``first`` on."""
         result = list(given)
         for position, size in enumerate(given):
@@ -292,4 +292,3 @@ def _attention(r, node, new, tensors, args, kwargs):  # type: ignore[no-untyped-
     if kwargs.get("scale") is None and r.keep(node.args[0], -1) is not None:
         kwargs["scale"] = 1.0 / math.sqrt(r.dependency.propagation.shape(node.args[0])[-1])
     return node.target, args, kwargs
-

@@ -50,9 +50,7 @@ _DTYPES = {
     )
 }  # fmt: skip
 _LAYOUTS = {str(torch.strided): torch.strided}
-_MEMORY = {
-    str(m): m for m in (torch.contiguous_format, torch.preserve_format, torch.channels_last)
-}
+_MEMORY = {str(m): m for m in (torch.contiguous_format, torch.preserve_format, torch.channels_last)}
 
 
 def save_network(
@@ -114,7 +112,9 @@ def load_network(folder: Path) -> tuple[GraphNetwork, tuple[Tensor, ...], dict[s
     except InputError:
         raise
     except Exception as error:  # a doctored file can break a graph in any way
-        raise InputError(f"{path} does not describe a network that runs: {_first(error)}") from error
+        raise InputError(
+            f"{path} does not describe a network that runs: {_first(error)}"
+        ) from error
     about = content.get("about")
     return network, inputs, dict(about) if isinstance(about, dict) else {}
 
@@ -230,7 +230,9 @@ def _restore(
                 node = graph.placeholder(name, **default)
             case "get_attr":
                 if record["target"] not in kinds:
-                    raise InputError(f"{GRAPH_FILE} reads a tensor {record['target']!r:.80} it lacks")
+                    raise InputError(
+                        f"{GRAPH_FILE} reads a tensor {record['target']!r:.80} it lacks"
+                    )
                 node = graph.get_attr(record["target"])
             case "call_function":
                 node = graph.call_function(_target_from_json(record["target"]), args, kwargs)

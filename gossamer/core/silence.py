@@ -192,8 +192,11 @@ def _weighted(s: Silenced, node: fx.Node, args: list[Any], kwargs: dict[str, Any
     constant = gone[0]
     same = (gone - constant).abs().max() <= _TINY * (1 + constant.abs().max())
     padding = argument(node, 4, "padding", 0) if op_name(node.target) != "linear" else 0
-    padded = padding == "same" or any(p != 0 for p in np.atleast_1d(np.asarray(padding)).tolist()) \
-        if not isinstance(padding, str) else padding == "same"
+    padded = (
+        padding == "same" or any(p != 0 for p in np.atleast_1d(np.asarray(padding)).tolist())
+        if not isinstance(padding, str)
+        else padding == "same"
+    )
     direct = isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
     if same and not padded and direct:
         weight = args[1].flatten(2).sum(-1) if args[1].ndim > 2 else args[1]

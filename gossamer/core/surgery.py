@@ -167,7 +167,9 @@ def _relative(found: list[Any], expected: list[Any]) -> float:
         difference = torch.where(same, 0.0, (a - b).abs()).max().item()
         finite = b[b.isfinite()]
         scale = finite.abs().max().item() if finite.numel() else 1.0
-        worst = max(worst, difference / max(scale, 1e-12)) if not math.isnan(difference) else math.inf
+        worst = (
+            max(worst, difference / max(scale, 1e-12)) if not math.isnan(difference) else math.inf
+        )
     return worst
 
 
@@ -352,9 +354,7 @@ def _write(root: nn.Module, name: str, value: Tensor) -> None:
     getattr(root.get_submodule(path), last).copy_(value)
 
 
-def permute(
-    module: nn.Module, dependency: Dependency, orders: Mapping[int, Tensor]
-) -> nn.Module:
+def permute(module: nn.Module, dependency: Dependency, orders: Mapping[int, Tensor]) -> nn.Module:
     """A copy of a network whose units are in another order; it computes the same function.
 
     Args:
@@ -525,4 +525,3 @@ class _Widen(Rewrite):
                 at = end
             places = np.concatenate([*pieces, places[at:]])
         return places
-
