@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -165,7 +165,15 @@ class Space:
         Raises:
             UnsupportedError: if no operator can be erased.
         """
-        nodes = [n for n in graph.fx.nodes if _is_vertex(graph, n)]
+        nodes: list[fx.Node] = []
+        fed: set[fx.Node] = set()
+        for node in graph.fx.nodes:
+            # What depends on no input (a reshaped parameter) is a constant, not an operator.
+            if _is_vertex(node) and (
+                node.op == "placeholder" or any(s in fed for s in node.all_input_nodes)
+            ):
+                nodes.append(node)
+                fed.add(node)
         number = {node: i for i, node in enumerate(nodes)}
         edges = [
             (number[source], number[node])
@@ -179,22 +187,23 @@ class Space:
         joints = {end for end in range(len(nodes)) if sum(e == end for _, e in edges) > 1}
         optional = {number[n] for n in nodes if _can_do_without(graph, n)}
         dag = Dag(len(nodes), tuple(edges), inputs, outputs, frozenset(joints - optional))
+        own = {node: _parameters(graph, node, fed) for node in nodes}
         uses: dict[str, set[int]] = {}
         for node in nodes:
-            for name in _parameters(graph, node):
+            for name in own[node]:
                 uses.setdefault(name, set()).add(number[node])
         candidates = []
         for segment in segments(dag):
             end = segment[-1]
             followers = dag.after[end]
-            names = [name for v in segment for name in _parameters(graph, nodes[v])]
+            names = [name for v in segment for name in own[nodes[v]]]
             if (
                 names
                 and followers
                 and end not in dag.outputs
                 and all(f in optional and dag.is_joint(f) for f in followers)
                 and all(uses[name] <= set(segment) for name in names)
-                and _zero_makes_zero(graph, [nodes[v] for v in segment])
+                and _zero_makes_zero([nodes[v] for v in segment], own)
             ):
                 unique = tuple(dict.fromkeys(names))
                 module = unique[0].rpartition(".")[0] or unique[0]
@@ -457,7 +466,19 @@ _CHANNELWISE = frozenset(
 _ZERO_PRESERVING = _CHANNELWISE | frozenset(
     (
         *("view", "reshape", "permute", "transpose", "flatten", "squeeze", "unsqueeze", "expand"),
-        *("slice", "select", "mean", "sum", "prelu", "neg", "abs", "to", "_to_copy", "detach"),
+        *(
+            "slice",
+            "select",
+            "mean",
+            "sum",
+            "prelu",
+            "neg",
+            "abs",
+            "div",
+            "to",
+            "_to_copy",
+            "detach",
+        ),
         *("alias", "getitem", "chunk", "split", "split_with_sizes", "pixel_shuffle"),
     )
 )
@@ -467,20 +488,24 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor | tuple | list)
 
 
-def _is_vertex(graph: Graph, node: fx.Node) -> bool:
+def _is_vertex(node: fx.Node) -> bool:
     if node.op == "placeholder":
         return isinstance(node.meta.get("val"), Tensor)
     return node.op == "call_function" and _is_tensor(node)
 
 
-def _parameters(graph: Graph, node: fx.Node) -> list[str]:
-    return [
-        str(source.target)
-        for source in node.all_input_nodes
-        if source.op == "get_attr"
-        and graph.kinds[str(source.target)] == "parameter"
-        and graph.tensors[str(source.target)].requires_grad
-    ]
+def _parameters(graph: Graph, node: fx.Node, fed: Collection[fx.Node]) -> list[str]:
+    """Trainable parameters that an operator reads, also through constants made of them."""
+    found: list[str] = []
+    stack = [source for source in node.all_input_nodes if source not in fed]
+    while stack:
+        source = stack.pop(0)
+        name = str(source.target)
+        if source.op != "get_attr":
+            stack.extend(source.all_input_nodes)
+        elif graph.kinds[name] == "parameter" and graph.tensors[name].requires_grad:
+            found.append(name)
+    return found
 
 
 def _can_do_without(graph: Graph, node: fx.Node) -> bool:
@@ -501,18 +526,21 @@ def _can_do_without(graph: Graph, node: fx.Node) -> bool:
     )
 
 
-def _zero_makes_zero(graph: Graph, chain: Sequence[fx.Node]) -> bool:
+def _zero_makes_zero(chain: Sequence[fx.Node], parameters: Mapping[fx.Node, list[str]]) -> bool:
     """Whether the end of a chain is zero, for every input, when its parameters are zero."""
     zero = False
     for node in chain:
         name = op_name(node.target)
-        own = _parameters(graph, node)
+        own = parameters[node]
         if name in _AFFINE:
             held = [s for s in node.all_input_nodes if s.op == "get_attr"]
             zero = len(own) == len(held) > 0 or (zero and not _has_bias(node))
         elif name in _NORMS:
             affine = any(str(n).endswith(("weight", "bias")) for n in own) and len(own) >= 1
             zero = affine and (len(own) == 2 or name == "rms_norm")
+        elif name in ("mul", "mul_"):
+            # A layer scale; other factors are joints and never inside a chain.
+            zero = zero or bool(own)
         elif name not in _ZERO_PRESERVING:
             zero = False
     return zero

@@ -264,6 +264,30 @@ def test_what_zeros_do_not_silence_is_no_candidate() -> None:
         Space.of(Graph.trace(chain, INPUTS))
 
 
+class Scaled(nn.Module):
+    """A residual branch that ends in a layer scale, as in ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3)
+        self.branch = nn.Conv2d(4, 4, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return (x + self.branch(x) * self.scale.view(1, -1, 1, 1)).mean((2, 3))
+
+
+def test_layer_scale_belongs_to_its_branch() -> None:
+    module = make(Scaled)
+    graph = Graph.trace(module, INPUTS)
+    space = Space.of(graph)
+    (candidate,) = space.candidates
+    assert set(candidate.parameters) == {"branch.weight", "branch.bias", "scale"}
+    Groups.whole(module, [candidate.parameters]).silence_(torch.tensor([True]))
+    assert output_difference(module, erase(module, graph, space, [0]), INPUTS) < 1e-6
+
+
 def test_h2spg_skips_what_would_cut_the_network() -> None:
     module = make().train()
     space = Space.of(Graph.trace(module, INPUTS))
