@@ -14,6 +14,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any
 
@@ -143,7 +144,10 @@ class Graph:
                 part.training = mode
         if not dynamic:
             inputs = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) else x, inputs)
-        return cls._from_program(module, program, inputs, dynamic)
+        graph = cls._from_program(module, program, inputs, dynamic)
+        if isinstance(module, GraphNetwork):
+            _copy_origins(module.program.graph, graph.fx)
+        return graph
 
     @classmethod
     def _from_program(
@@ -350,6 +354,20 @@ def module_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return paths[-1] if paths else ""
+
+
+def _copy_origins(old: fx.Graph, new: fx.Graph) -> None:
+    """Tells the operators of a graph traced anew which of the original modules they are of."""
+    before = [node for node in old.nodes if node.op == "call_function"]
+    after = [node for node in new.nodes if node.op == "call_function"]
+    match = SequenceMatcher(
+        None, [str(n.target) for n in before], [str(n.target) for n in after], autojunk=False
+    )
+    for block in match.get_matching_blocks():
+        for offset in range(block.size):
+            source = before[block.a + offset].meta.get("nn_module_stack")
+            if source:
+                after[block.b + offset].meta["nn_module_stack"] = source
 
 
 def line_of(node: fx.Node) -> str:

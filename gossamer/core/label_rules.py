@@ -277,8 +277,10 @@ def convolution(p: Propagation, node: fx.Node) -> AxisLabels:
     groups = argument(node, 6, "groups", 1)
     batched = len(x) == len(w)
     channel = 1 if batched else 0
-    for vector in (*x[channel + 1 :], *w[2:]):
+    for vector in x[channel + 1 :]:
         p.fix_axis(vector)
+    for vector in w[2:]:
+        p.store.pin(vector)
     _grouped(p, x[channel], w[1], w[0], p.shape(node.args[1])[1], groups)
     if bias is not None:
         p.store.unify(w[0], p.of(bias)[0])
@@ -323,8 +325,10 @@ def transposed_convolution(p: Propagation, node: fx.Node) -> AxisLabels:
     bias = argument(node, 2, "bias")
     groups = argument(node, 6, "groups", 1)
     shape = p.shape(node.args[1])
-    for vector in (*x[2:], *w[2:]):
+    for vector in x[2:]:
         p.fix_axis(vector)
+    for vector in w[2:]:
+        p.store.pin(vector)
     p.store.unify(x[1], w[0])
     if groups == 1:
         out = w[1]
@@ -385,6 +389,11 @@ def _product(p: Propagation, node: fx.Node, left: Any, right: Any) -> AxisLabels
     columns = [b[-1]] if len(b) > 1 else []
     batch = _broadcast(p, [(a[:-2], sa[:-2]), (b[:-2], sb[:-2])])
     return [*batch, *rows, *columns]
+
+
+@rule("outer", "ger")
+def outer(p: Propagation, node: fx.Node) -> AxisLabels:
+    return [*p.of(node.args[0]), *p.of(node.args[1])]
 
 
 def _broadcast(p: Propagation, operands: Sequence[tuple[AxisLabels, Sequence[int]]]) -> AxisLabels:

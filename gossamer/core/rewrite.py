@@ -62,6 +62,11 @@ class Rewrite:
         keeps = {axis: self.dependency.kept(v, self.gone) for axis, v in enumerate(labels)}
         return {axis: keep for axis, keep in keeps.items() if keep is not None}
 
+    def groups(self, node: Any, axis: int, groups: int) -> int:
+        """How many of an axis's equal groups stay."""
+        keep = self.keep(node, axis)
+        return groups if keep is None else int(keep.reshape(groups, -1).any(1).sum())
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the smaller graph."""
         graph = self.dependency.graph
@@ -256,16 +261,11 @@ def _pad(r, node, new, tensors, args, kwargs):  # type: ignore[no-untyped-def]
     return node.target, args, kwargs
 
 
-def _groups_left(r: Rewrite, node: Any, axis: int, groups: int) -> int:
-    keep = r.keep(node, axis)
-    return groups if keep is None else int(keep.reshape(groups, -1).any(1).sum())
-
-
 @_change("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _convolution(r, node, new, tensors, args, kwargs):  # type: ignore[no-untyped-def]
     groups = argument(node, 6, "groups", 1)
     if groups > 1:
-        left = _groups_left(r, node.args[0], 1, groups)
+        left = r.groups(node.args[0], 1, groups)
         if len(args) > 6:
             args[6] = left
         else:
@@ -275,7 +275,7 @@ def _convolution(r, node, new, tensors, args, kwargs):  # type: ignore[no-untype
 
 @_change("group_norm")
 def _group_norm(r, node, new, tensors, args, kwargs):  # type: ignore[no-untyped-def]
-    args[1] = _groups_left(r, node.args[0], 1, args[1])
+    args[1] = r.groups(node.args[0], 1, args[1])
     return node.target, args, kwargs
 
 

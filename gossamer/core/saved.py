@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from gossamer.core.errors import InputError, UnsupportedError
 from gossamer.core.files import read_json, whole_file, write_json
-from gossamer.core.graph import Graph, GraphNetwork
+from gossamer.core.graph import Graph, GraphNetwork, module_of
 
 FORMAT = 1
 GRAPH_FILE = "network.json"
@@ -42,6 +42,18 @@ _HARMLESS_STRINGS = {
     "equation", "approximate", "rounding_mode", "mode", "indexing", "padding", "reduce",
     "padding_mode", "interpolation", "ord",
 }  # fmt: skip
+# Operators whose kernels trust their arguments: they take storages and packed buffers as they are,
+# or skip the checks of indices, so a doctored file could reach memory that is not its own.
+_TRUSTING = ("sparse", "fbgemm", "cudnn", "miopen", "mkldnn", "mps", "quantized", "resize", "set_")
+# Private operators are skipped as a whole, but for those that traces of real networks hold.
+_PRIVATE = {
+    "_softmax", "_log_softmax", "_to_copy", "_unsafe_view", "_prelu_kernel", "_weight_norm",
+    "_convolution", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d", "_scaled_dot_product_flash_attention_for_cpu", "_upsample_bicubic2d_aa",
+    "_upsample_bilinear2d_aa",
+}  # fmt: skip
+_SIZES = {"sym_size", "sym_numel", "sym_stride", "item"}
 _DTYPES = {
     str(d): d
     for d in (
@@ -71,6 +83,9 @@ def save_network(
         UnsupportedError: if the network cannot be traced or has an operator that cannot be saved.
     """
     graph = Graph.trace(module, example_inputs)
+    # A network that runs a graph keeps its tensors one level down; the file has the names that
+    # the original module gave them.
+    level = "program." if isinstance(module, GraphNetwork) else ""
     content = {
         "format": FORMAT,
         "about": dict(about or {}),
@@ -80,12 +95,15 @@ def save_network(
             if isinstance(x, Tensor)
         ],
         "dynamic_batch": graph.dynamic,
-        "tensors": graph.kinds,
-        "nodes": [_node_to_json(node) for node in graph.fx.nodes],
+        "tensors": {name.removeprefix(level): kind for name, kind in graph.kinds.items()},
+        "nodes": [_node_to_json(node, level) for node in graph.fx.nodes],
         "outputs": _spec_to_json(graph.outputs),
     }
     # Copies of their own: safetensors refuses tensors that share memory.
-    tensors = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in graph.tensors.items()}
+    tensors = {
+        name.removeprefix(level): tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in graph.tensors.items()
+    }
     with whole_file(folder / WEIGHTS_FILE) as partial:
         save_file(tensors, partial)
     write_json(folder / GRAPH_FILE, content)
@@ -141,12 +159,13 @@ def _first(error: Exception) -> str:
 # Writing -------------------------------------------------------------------------------------
 
 
-def _node_to_json(node: fx.Node) -> dict[str, Any]:
+def _node_to_json(node: fx.Node, level: str) -> dict[str, Any]:
     record: dict[str, Any] = {"name": node.name, "op": node.op}
     if node.op == "call_function":
         record["target"] = _target_to_json(node.target)
+        record["module"] = module_of(node)
     elif node.op == "get_attr":
-        record["target"] = str(node.target)
+        record["target"] = str(node.target).removeprefix(level)
     if node.args:
         record["args"] = [_value_to_json(a) for a in node.args]
     if node.kwargs:
@@ -166,10 +185,19 @@ def _target_to_json(target: Any) -> str:
 
 
 def _harmless(target: torch._ops.OpOverload) -> bool:
-    return target.namespace == "aten" and all(
-        argument.name in _HARMLESS_STRINGS
-        for argument in target._schema.arguments
-        if "str" in str(argument.type).lower() and "stride" not in str(argument.type).lower()
+    name = target.name().removeprefix("aten::").partition(".")[0]
+    schema = target._schema
+    return (
+        target.namespace == "aten"
+        and (not name.startswith("_") or name in _PRIVATE)
+        and not any(word in name for word in _TRUSTING)
+        # What yields no tensor is there for its side effects: seeds, modes, lists.
+        and (name in _SIZES or any("Tensor" in str(value.type) for value in schema.returns))
+        and all(
+            argument.name in _HARMLESS_STRINGS
+            for argument in schema.arguments
+            if "str" in str(argument.type).lower() and "stride" not in str(argument.type).lower()
+        )
     )
 
 
@@ -236,6 +264,8 @@ def _restore(
                 node = graph.get_attr(record["target"])
             case "call_function":
                 node = graph.call_function(_target_from_json(record["target"]), args, kwargs)
+                path = str(record.get("module", ""))
+                node.meta["nn_module_stack"] = {path: (path, "")}
             case "output":
                 node = graph.output(args[0])
             case _:

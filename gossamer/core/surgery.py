@@ -458,11 +458,12 @@ def widen(
         counts[family.atoms] = count.numpy()
     graph = dependency.graph
     inputs = random_inputs(graph.example_inputs, seed)
-    rewritten = _Widen(dependency, counts).graph()
+    rewrite = _Widen(dependency, counts)
+    rewritten = rewrite.graph()
     result = rewritten.network()
     result.train(module.training)
     if verify:
-        found = Doubled(rewritten.fx, rewritten.tensors).run_on(inputs)
+        found = Doubled(rewritten.fx, rewrite.exact).run_on(inputs)
         expected = Doubled(graph.fx, graph.tensors).run_on(inputs)
         error = _relative(found, expected)
         if not error <= DOUBLE_TOLERANCE:
@@ -484,6 +485,15 @@ class _Widen(Rewrite):
         labels = self.dependency.propagation.labels[node]
         return self._times(labels[axis])
 
+    def groups(self, node: Any, axis: int, groups: int) -> int:
+        vector = self.dependency.propagation.labels[node][axis]
+        if vector is None:
+            return groups
+        store = self.dependency.propagation.store
+        whole, _ = store.split(vector, (groups, len(vector) // groups))
+        times = self._times(whole)
+        return groups if times is None else int(times.sum())
+
     def _times(self, vector: np.ndarray | None) -> np.ndarray | None:
         """How often each index of an axis is there afterwards (so that sums are new sizes)."""
         if vector is None:
@@ -498,7 +508,9 @@ class _Widen(Rewrite):
         result = {}
         for name, tensor in self.dependency.graph.tensors.items():
             labels = self.dependency.propagation.tensor_labels[name]
-            new = tensor.detach().clone()
+            # Shares are exact in double precision: what is verified is the structure.
+            floating = tensor.is_floating_point()
+            new = tensor.detach().double() if floating else tensor.detach().clone()
             for axis, vector in enumerate(labels):
                 times = self._times(vector)
                 if vector is None or times is None:
@@ -508,6 +520,8 @@ class _Widen(Rewrite):
                     new = new / torch.from_numpy(times).to(new).view(shape)
                 places = self._places(vector)
                 new = new.index_select(axis, torch.from_numpy(places).to(new.device))
+            self.exact[name] = new
+            new = new.to(tensor.dtype)
             parameter = isinstance(tensor, nn.Parameter)
             result[name] = nn.Parameter(new, tensor.requires_grad) if parameter else new
         return result
