@@ -109,7 +109,7 @@ class Attention(nn.Module):
 
 
 class GroupedQuery(nn.Module):
-    """A language model: tied embedding, hand-written RMS norm, rotary positions, grouped queries."""
+    """A language model: tied embedding, RMS norm by hand, rotary positions, grouped queries."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -49,9 +49,7 @@ def test_concatenation_is_read_with_offsets():
 def test_heads_and_their_positions_are_two_families():
     module, inputs = build("attention")
     dependency = analyse(module, inputs)
-    by_units = {f.units: f for f in dependency.families if f.name == "qkv"}
     assert sorted(f.units for f in dependency.families if f.name == "qkv") == [4, 4]
-    del by_units
     owners = [
         {(m.name, m.axis): m.owner.tolist() for m in f.members}
         for f in dependency.families
@@ -60,7 +58,7 @@ def test_heads_and_their_positions_are_two_families():
     expected = [[i // 4 for i in range(16)], [i % 4 for i in range(16)]]
     assert sorted(o["proj.weight", 1] for o in owners) == sorted(expected)
     assert sorted(o["qkv.weight", 0] for o in owners) == sorted(3 * e for e in expected)
-    stream = [f for f in dependency.families if f.units == 16][0]
+    stream = next(f for f in dependency.families if f.units == 16)
     assert stream.exactness == "approximate"
 
 

@@ -219,7 +219,7 @@ def test_widening_keeps_the_function(name):
 def test_widening_that_changes_the_function_is_refused():
     module, inputs = build("attention")
     dependency = analyse(module, inputs)
-    stream = [f for f in dependency.families if f.exactness == "approximate"][0]
+    stream = next(f for f in dependency.families if f.exactness == "approximate")
     with pytest.raises(UnsupportedError, match="statistics run over it"):
         surgery.widen(module, dependency, {stream.index: torch.full((stream.units,), 2)})
     with pytest.raises(InputError, match="at least 1"):
