@@ -169,7 +169,7 @@ class Result:
         mode: "quick" or "full".
         rows: the measurements.
         claims: what was claimed.
-        reconstruction: whether the system's sheet is a reconstruction.
+        reconstruction: whether it is built on our own details where the paper has none.
         about: versions, device, date, settings.
     """
 
@@ -244,7 +244,7 @@ class Experiment:
         quick_seeds: seeds of the committed quick result.
         full_seeds: seeds of the full run.
         draw: ``(result, path)`` draws the result as PNG.
-        reconstruction: whether the system's sheet is a reconstruction.
+        reconstruction: whether it is built on our own details where the paper has none.
     """
 
     spec: str
