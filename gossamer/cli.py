@@ -28,6 +28,7 @@ app = App(
     help="Deep learning on a budget: make networks smaller, and see what it costs.",
     version=gossamer.__version__,
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # main says how to go on
 )
 _BUDGET = Group("Budget: a share of the original (0.5) or a value with a unit")
 
@@ -49,6 +50,10 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"gossamer: {(error.strerror or str(error)).lower()}{where}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _out() -> Console:
@@ -128,7 +133,6 @@ def shrink(
     json_
         Print the report as JSON.
     """
-    from gossamer.compress.shrink import finished
     from gossamer.compress.shrink import shrink as run
 
     if model is None and data is None:
@@ -142,11 +146,6 @@ def shrink(
         )
     task = _task(data, model, image_size=image_size, seed=seed, limit=limit)
     network, trained, origin = _network(model, task, weights, seed=seed)
-    if not trained and finished(out) is None:
-        print(
-            f"gossamer: {model} has no weights; it is trained for {epochs} epochs first",
-            file=sys.stderr,
-        )
     result = run(
         network, task, macs=macs, params=params, size=size, latency=latency, max_drop=max_drop,
         recipe="auto" if recipe == "auto" else Path(recipe), minutes=minutes, out=out,
@@ -164,12 +163,13 @@ def _task(data: str, model: str, *, image_size: int | None, seed: int, limit: in
     from gossamer.datasets import open_task
 
     channels = mean = std = None
-    if Path(model).is_dir():
+    if _is_folder(model):
         from gossamer.core.files import read_json
         from gossamer.core.task import Preprocess
 
-        about = read_json(Path(model) / "network.json").get("about", {})
-        record = about.get("task", {}).get("preprocess") if isinstance(about, dict) else None
+        record = read_json(Path(model) / "network.json")
+        for name in ("about", "task", "preprocess"):
+            record = record.get(name) if isinstance(record, dict) else None
         if record is not None:
             preprocess = Preprocess.from_json(record)
             channels, mean, std = preprocess.channels, preprocess.mean, preprocess.std
@@ -179,6 +179,19 @@ def _task(data: str, model: str, *, image_size: int | None, seed: int, limit: in
     return open_task(
         data, image_size=image_size, channels=channels, seed=seed, limit=limit, mean=mean, std=std
     )
+
+
+def _is_folder(model: str) -> bool:
+    """Whether a model's name is that of a folder written by gossamer.
+
+    Raises:
+        InputError: if it is another folder and cannot be the name of a network.
+    """
+    if (Path(model) / "network.json").is_file():
+        return True
+    if ("/" in model or model in (".", "..")) and Path(model).is_dir():
+        raise InputError(f"{model} holds no network.json; give a folder written by gossamer shrink")
+    return False
 
 
 def _default_size(model: str) -> int | None:
@@ -205,7 +218,7 @@ def _network(
     from gossamer.models import build, load_weights
 
     assert isinstance(task, Classification)
-    if Path(model).is_dir():
+    if _is_folder(model):
         from gossamer.core.saved import load_network
 
         module, _, about = load_network(Path(model))
@@ -315,8 +328,9 @@ def predict(folder: Path, *images: Path, top: int = 1, json_: Json = False) -> N
     if not path.is_file():
         raise InputError(f"{folder} holds no model.onnx; give a folder written by gossamer shrink")
     runner = OnnxRunner(path)
-    task = runner.metadata().get("task", {})
-    if "preprocess" not in task or "classes" not in task:
+    task = runner.metadata().get("task")
+    names = task.get("classes") if isinstance(task, dict) else None
+    if not isinstance(task, dict) or "preprocess" not in task or not isinstance(names, list):
         raise InputError(
             f"{path} carries no preprocessing and class names; was it written by shrink?"
         )
@@ -328,13 +342,18 @@ def predict(folder: Path, *images: Path, top: int = 1, json_: Json = False) -> N
         tensor = torch.from_numpy(raw).unsqueeze(0)
         if preprocess.scale != 255:
             tensor = tensor.float() * (preprocess.scale / 255.0)
-        shares = torch.softmax(runner(preprocess(tensor)).flatten(), 0)
+        logits = runner(preprocess(tensor))
+        if not isinstance(logits, torch.Tensor) or logits.numel() != len(names):
+            raise InputError(
+                f"{path} does not answer one number for each of its {len(names)} classes"
+            )
+        shares = torch.softmax(logits.flatten().float(), 0)
         best = shares.topk(min(top, len(shares)))
         found.append(
             {
                 "image": str(image),
                 "classes": [
-                    {"class": task["classes"][i], "probability": p}
+                    {"class": str(names[i]), "probability": p}
                     for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
                 ],
             }
@@ -386,7 +405,7 @@ def profile(
     from gossamer.core.network import Network
     from gossamer.models import build, load_weights
 
-    if Path(model).is_dir():
+    if _is_folder(model):
         from gossamer.core.saved import load_network
 
         module, inputs, _ = load_network(Path(model))

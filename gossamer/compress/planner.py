@@ -131,6 +131,9 @@ class Planner:
             self.workspace.keep("chosen", chosen)
         trials = self._trials()
         mark_front(trials)
+        last = max((t["rung"] for t in trials if t["number"] == chosen["trial"]), default=None)
+        for trial in trials:
+            trial["chosen"] = trial["number"] == chosen["trial"] and trial["rung"] == last
         return Recipe.from_json(chosen["recipe"]), trials
 
     def _trials(self) -> list[dict[str, Any]]:
@@ -140,8 +143,13 @@ class Planner:
         folder = self.workspace.path("trial-files")
         folder.mkdir(parents=True, exist_ok=True)
         before, files = costs({"dense": self.dense}, self.dense.example_inputs, folder, self.timer)
-        base = before["dense"]
-        score = self.task.score(OnnxRunner(files["dense"]), "validation")
+        # Kept with the trials: what they cost is told relative to it, also after an interruption.
+        dense = self.workspace.record("dense")
+        if dense is None:
+            score = self.task.score(OnnxRunner(files["dense"]), "validation")
+            dense = {"costs": before["dense"], "score": score}
+            self.workspace.keep("dense", dense)
+        base, score = dense["costs"], dense["score"]
         epoch = self._seconds_per_epoch()
         # A third of the time is for the final training, the rest is shared by the rungs.
         search_time = 0.6 * self.seconds
@@ -204,7 +212,7 @@ class Planner:
         return {"recipe": recipe_of(chosen["choices"], epochs).to_json(), "trial": chosen["number"]}
 
     def _seconds_per_epoch(self) -> float:
-        """Times a few training steps of the dense network."""
+        """Times an epoch of training the dense network."""
         record = self.workspace.record("epoch")
         if record is None:
             from gossamer.compress.finetune import finetune
@@ -303,7 +311,7 @@ class Planner:
             # Latency moves with the machine: what counts is the ratio to the dense network's now.
             cost["latency"] = base["latency"] / cost["speedup"]
             score = self.task.score(OnnxRunner(files["trial"]), "validation")
-            row |= {name: cost[name] for name in ("macs", "params", "size", "latency")}
+            row |= {name: cost[name] for name in ("macs", "params", "size", "latency", "speedup")}
             row |= {
                 "score": score,
                 "drop": dense_score - score,

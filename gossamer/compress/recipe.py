@@ -17,6 +17,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +100,7 @@ class Step:
                 )
             if not _fits(value, hints.get(option, Any)):
                 raise InputError(
-                    f"the option {option} of {self.name} cannot be {value!r:.60}; "
+                    f"the option {option} of {self.name} cannot be {reprlib.repr(value)}; "
                     f"it takes {_words(hints[option])}"
                 )
 
@@ -123,7 +125,7 @@ class Step:
 def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if hint is Any:
-        return True
+        return value is None or isinstance(value, bool | int | float | str)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(hint))
     if origin is typing.Literal:
@@ -131,13 +133,16 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
     if origin is not None and isinstance(origin, type) and issubclass(origin, typing.Collection):
-        return isinstance(value, list | tuple)
+        (part,) = typing.get_args(hint)[:1] or (Any,)
+        return isinstance(value, list | tuple) and all(_fits(v, part) for v in value)
     return False  # an object that no file can hold
 
 

@@ -7,12 +7,14 @@ loaded again; the test split is touched once, for that.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +26,7 @@ from gossamer.compress.budget import Budget, Limit
 from gossamer.compress.planner import Planner, Timer
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.workspace import Workspace
-from gossamer.core.errors import BudgetError, InputError
+from gossamer.core.errors import BudgetError, GossamerError, InputError
 from gossamer.core.experiment import about
 from gossamer.core.export import OnnxRunner, largest_difference, write_onnx, write_pt2
 from gossamer.core.files import exclusive, load_state, read_json, save_state, write_json, write_text
@@ -115,10 +117,16 @@ def shrink(
         raise InputError(f"--minutes must be above 0, not {minutes}")
     if isinstance(recipe, str | Path) and recipe != "auto":
         recipe = Recipe.read(Path(recipe))
+    if batch_size < 1 or threads < 1:
+        raise InputError(
+            f"--batch-size and --threads are at least 1, not {min(batch_size, threads)}"
+        )
+    if not trained and epochs < 1:
+        raise InputError(f"--epochs must be at least 1, not {epochs}")
     _refuse_unusable(model)
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as place:
         folder = Path(place)
-        with exclusive(folder):
+        with exclusive(folder), _no_empty_folder(folder):
             job = _Job(
                 model=model,
                 task=task,
@@ -135,6 +143,17 @@ def shrink(
             )
             network, report = job.run()
     return Shrunk(network, report, None if out is None else Path(out))
+
+
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """Leaves no folder behind for a run that failed before it had anything to keep."""
+    try:
+        yield
+    except GossamerError:
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _refuse_unusable(model: nn.Module) -> None:
@@ -159,6 +178,11 @@ class _Job:
     cpu: bool
 
     def run(self) -> tuple[Network, dict[str, Any]]:
+        # Before hours are spent: a network that cannot be exported is told now.
+        with tempfile.TemporaryDirectory() as scratch:
+            write_onnx(Network(self.model, self.task.example_inputs), Path(scratch) / "dense.onnx")
+        if not self.trained:
+            self.model = copy.deepcopy(self.model)  # it is trained, and the caller's is unchanged
         work = Workspace(
             self.folder,
             {
@@ -172,9 +196,6 @@ class _Job:
         )
         began = time.monotonic()
         dense = self._dense(work)
-        # Before hours are spent: a network that cannot be exported is told now.
-        with tempfile.TemporaryDirectory() as scratch:
-            write_onnx(dense, Path(scratch) / "dense.onnx")
         trials: list[dict[str, Any]] = []
         recipe = self.recipe
         if recipe is None:
@@ -238,6 +259,10 @@ class _Job:
         )  # fmt: skip
         if broken:
             work.clear("export")
+            if self.recipe is None:
+                # With more time, or on a quieter machine, the search may choose another.
+                work.clear("chosen")
+                work.clear("steps")
             raise BudgetError(
                 f"the budget cannot be met: {' and '.join(broken)}; relax it or give more --minutes"
             )

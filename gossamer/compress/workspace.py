@@ -7,6 +7,7 @@ folder finds it there; a run with other settings is refused.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -37,8 +38,12 @@ class Workspace:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = Path(folder) / WORK
         path = self.folder / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        self._sweep()
         if path.exists():
             before = read_json(path)
+            if not isinstance(before, dict):
+                raise InputError(f"{path} is not the record of a run; remove {self.folder}")
             changed = [k for k in settings if before.get(k) != settings[k]]
             if changed:
                 raise InputError(
@@ -47,6 +52,15 @@ class Workspace:
                 )
         else:
             write_json(path, dict(settings))
+
+    def _sweep(self) -> None:
+        """Removes what a killed run was writing; the caller holds the folder."""
+        half = (*self.folder.rglob(".*.part"), *self.folder.rglob(".*.old"))
+        for path in (*half, *self.folder.parent.glob(".report.json.*.part")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:
         """A place in the workspace."""
@@ -98,8 +112,9 @@ class Workspace:
         return network
 
     def clear(self, name: str) -> None:
-        """Removes what is no longer needed."""
+        """Removes a folder or record that is no longer needed."""
         shutil.rmtree(self.path(name), ignore_errors=True)
+        self.path(f"{name}.json").unlink(missing_ok=True)
 
 
 def _write(network: Network, folder: Path) -> None:
@@ -116,6 +131,8 @@ def _write(network: Network, folder: Path) -> None:
 
 def _read(folder: Path, before: Network) -> Network:
     module, _, about = load_network(folder)
+    if lacking := sorted({"origin", "steps", "storage", "runtime"} - set(about)):
+        raise InputError(f"{folder} is not a finished step: its record lacks {lacking[0]}")
     deployed = folder / "deployed.onnx"
     return replace(
         before,

@@ -9,9 +9,11 @@ Nothing here unpickles.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -152,6 +154,32 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file in one rename.
+
+    Args:
+        path: the file.
+        tensors: by name; contiguous, and none shares memory with another.
+        metadata: of the file's header.
+
+    Raises:
+        InputError: if the disk is full or the place cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with whole_file(path) as partial:
+        try:
+            save_file(dict(tensors), partial, None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            # It tells of a full disk in words only.
+            found = re.search(r"os error (\d+)", str(error))
+            code = int(found.group(1)) if found else errno.EIO
+            raise OSError(code, os.strerror(code)) from error
+
+
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Writes a nested state (dicts, lists, tensors, plain values) as one safetensors file.
 
@@ -160,12 +188,9 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         state: nested dicts and lists whose leaves are tensors or JSON values. Keys that are
             integers (as in optimizer states) are kept as integers.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, torch.Tensor] = {}
     tree = _lift(state, "", tensors)
-    with whole_file(path) as partial:
-        save_file(tensors, partial, metadata={"state": json.dumps(tree)})
+    write_tensors(path, tensors, {"state": json.dumps(tree)})
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -219,6 +219,10 @@ def sgd(
     network: nn.Module, *, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4
 ) -> torch.optim.SGD:
     """SGD with Nesterov momentum; weight decay on matrices and kernels, none on vectors."""
+    if lr < 0.0 or weight_decay < 0.0:
+        raise InputError(
+            f"learning rate and weight decay are 0 or more, not {lr:g} and {weight_decay:g}"
+        )
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -300,6 +304,11 @@ def fit(
     sizes = {
         name: batch_size[name] if isinstance(batch_size, Mapping) else batch_size for name in tasks
     }
+    if epochs < 0 or min(sizes.values()) < 1:
+        raise InputError(
+            f"training needs 0 epochs or more and batches of 1 sample or more, not {epochs} and "
+            f"{min(sizes.values())}"
+        )
     # accelerate would refuse a second run of this process that wants another precision.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu or not torch.cuda.is_available())

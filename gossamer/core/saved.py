@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from gossamer.core.errors import InputError, UnsupportedError
-from gossamer.core.files import read_json, whole_file, write_json
+from gossamer.core.files import read_json, write_json, write_tensors
 from gossamer.core.graph import Graph, GraphNetwork, module_of
 
 FORMAT = 1
@@ -104,8 +103,7 @@ def save_network(
         name.removeprefix(level): tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in graph.tensors.items()
     }
-    with whole_file(folder / WEIGHTS_FILE) as partial:
-        save_file(tensors, partial)
+    write_tensors(Path(folder) / WEIGHTS_FILE, tensors)
     write_json(folder / GRAPH_FILE, content)
 
 
