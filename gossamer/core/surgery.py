@@ -119,6 +119,8 @@ def remove(
                 f"{error:.1e} (relative, float64); it was not made"
             )
         _verify_trace(module, dependency.graph, inputs)
+        if exactness != "approximate":
+            _verify_eager(module, dependency, gone, network, inputs)
         verified = True
     return Surgery(
         module=network,
@@ -192,6 +194,38 @@ def _verify_trace(module: nn.Module, graph: Graph, inputs: tuple[Any, ...]) -> N
         raise UnsupportedError(
             f"the trace of {type(module).__name__} differs from the network by {error:.1e} "
             "(relative, float32); it is not cut"
+        )
+
+
+def _verify_eager(
+    module: nn.Module,
+    dependency: Dependency,
+    gone: np.ndarray,
+    small: nn.Module,
+    inputs: tuple[Any, ...],
+) -> None:
+    """Compares with the untouched modules run on silenced tensors; no graph takes part."""
+    graph = dependency.graph
+    silent = silenced_tensors(dependency, gone, graph.tensors)
+    changed = {name: t for name, t in silent.items() if t is not graph.tensors[name]}
+    own = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    if not set(changed) <= own:
+        return  # a plain tensor attribute cannot be replaced from outside
+    modes = [(m, m.training) for part in (module, small) for m in part.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        with torch.no_grad():
+            expected = _flat(torch.func.functional_call(module, changed, _copies(inputs)))
+            found = _flat(small(*_copies(inputs)))
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    error = _relative(found, expected)
+    if not error <= SINGLE_TOLERANCE:
+        raise UnsupportedError(
+            f"the smaller {type(module).__name__} differs from the network run with silenced "
+            f"weights by {error:.1e} (relative, float32); it was not made"
         )
 
 
