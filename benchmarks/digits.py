@@ -61,6 +61,12 @@ def main() -> None:
     parser.add_argument("--plan", type=float, metavar="MINUTES", help="search the recipe first")
     parser.add_argument("--splits", type=int, default=10)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("digits-work"),
+        help="where runs are kept: the same folder again only measures again",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.plan:
@@ -71,7 +77,7 @@ def main() -> None:
     for seed in range(options.splits):
         report = shrink(
             dense(seed), open_task("digits", seed=seed), macs=1.0, recipe=recipe, trained=False,
-            epochs=EPOCHS, seed=seed,
+            epochs=EPOCHS, seed=seed, out=options.work / f"split-{seed}",
         ).report  # fmt: skip
         before, after = report["before"], report["after"]
         rows.append(
