@@ -2,7 +2,8 @@
 
 Every network is built without weights, randomised (so that zero-initialised layers hide nothing),
 analysed, pruned of a random half of every family's units, and verified, in a process of its own
-with a time limit. Where Torch-Pruning is installed it gets the same network in its default usage.
+with a time limit. Torch-Pruning, where it is installed (here, or in the environment whose Python
+``--peer-python`` names), gets the same network in its default usage.
 
     python benchmarks/prune_coverage.py --json coverage.json
     python benchmarks/prune_coverage.py --networks my_list.txt --jobs 2
@@ -197,9 +198,9 @@ def prune_with_peer(name: str) -> dict[str, Any]:
     return {"outcome": "pruned" if kept <= 0.6 else "hardly pruned", "macs_kept": kept}
 
 
-def in_process(name: str, mode: str, limit: float) -> dict[str, Any]:
+def in_process(name: str, mode: str, limit: float, python: str = sys.executable) -> dict[str, Any]:
     """Runs one network in a process of its own; says what went wrong if something did."""
-    command = [sys.executable, __file__, f"--{mode}", name]
+    command = [python, __file__, f"--{mode}", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write a row a network")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds a network")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
+    parser.add_argument("--peer-python", default=sys.executable, help="where the peer is installed")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -225,12 +227,8 @@ def main() -> None:
     if options.peer:
         print(json.dumps(prune_with_peer(options.peer)))
         return
-    try:
-        import torch_pruning  # noqa: F401
-
-        peer_installed = True
-    except ImportError:
-        peer_installed = False
+    peer = [options.peer_python, "-c", "import torch_pruning"]
+    peer_installed = subprocess.run(peer, capture_output=True, check=False).returncode == 0
     if options.networks:
         names = options.networks.read_text().split()
     else:
@@ -243,7 +241,7 @@ def main() -> None:
         }  # fmt: skip
         row |= in_process(name, "one", options.limit)
         if peer_installed:
-            row["peer"] = in_process(name, "peer", options.limit)
+            row["peer"] = in_process(name, "peer", 120.0, options.peer_python)
         good = row["verified"] and row["macs_kept"] <= 0.6
         kept = f"{row['macs_kept']:.3f}" if row["macs_kept"] is not None else "-"
         print(f"{'ok  ' if good else 'MISS'} {name:42s} MACs kept {kept} {row.get('failed', '')}",
