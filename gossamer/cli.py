@@ -137,7 +137,7 @@ def shrink(
 
     if model is None and data is None:
         model, data = "gossamer_digits_resnet", "digits"
-        if not any((macs, params, size, latency, max_drop)):
+        if recipe == "auto" and not any((macs, params, size, latency, max_drop)):
             macs, size, max_drop = "0.5", "0.25", 1.0
     if model is None or data is None:
         raise InputError(

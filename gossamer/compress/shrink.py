@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,8 +54,15 @@ class Shrunk:
     """
 
     network: Network
-    report: Mapping[str, Any] = field(repr=False)
+    report: Mapping[str, Any]
     folder: Path | None = None
+
+    def __repr__(self) -> str:
+        before, after = self.report["before"], self.report["after"]
+        said = ", ".join(
+            f"{name} {before[name]:,} -> {after[name]:,}" for name in ("macs", "params", "bytes")
+        )
+        return f"Shrunk(score {before['score']:.2f} -> {after['score']:.2f}, {said})"
 
     @property
     def module(self) -> nn.Module:
@@ -92,8 +99,8 @@ def shrink(
         params: limit on parameters, likewise.
         size: limit on the bytes of the deployed file, likewise ("100KB").
         latency: limit on the median time of a batch in ONNX Runtime, likewise ("2ms").
-        max_drop: points of the score that may be lost. With no limit at all: half of the MACs and
-            one point.
+        max_drop: points of the score that may be lost. With no limit at all a search aims at half
+            of the MACs and one point; a given recipe is applied without a budget.
         recipe: steps to apply (a recipe, YAML file), or "auto" to search for them.
         minutes: for the search and its final training.
         out: folder for the results; an interrupted run with the same folder goes on.
@@ -111,7 +118,7 @@ def shrink(
         BudgetError: if the budget cannot be met; the sentence says what came nearest.
     """
     budget = Budget.of(macs=macs, params=params, size=size, latency=latency, max_drop=max_drop)
-    if not budget.limits and max_drop is None:
+    if recipe == "auto" and not budget.limits and max_drop is None:
         budget = Budget.of(macs=0.5, max_drop=1.0)
     if not minutes > 0:
         raise InputError(f"--minutes must be above 0, not {minutes}")
@@ -263,8 +270,9 @@ class _Job:
                 # With more time, or on a quieter machine, the search may choose another.
                 work.clear("chosen")
                 work.clear("steps")
+            other = "change the recipe" if self.recipe else "give more --minutes"
             raise BudgetError(
-                f"the budget cannot be met: {' and '.join(broken)}; relax it or give more --minutes"
+                f"the budget cannot be met: {' and '.join(broken)}; relax it or {other}"
             )
         verified, checks = self._verified(small, files["after"])
         report = {
