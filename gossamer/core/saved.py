@@ -7,8 +7,10 @@ arithmetic on sizes are resolved, and none of them can open a file or call back.
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ _PRIVATE = {
     "_adaptive_avg_pool3d", "_scaled_dot_product_flash_attention_for_cpu", "_upsample_bicubic2d_aa",
     "_upsample_bilinear2d_aa",
 }  # fmt: skip
+_PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 _SIZES = {"sym_size", "sym_numel", "sym_stride", "item"}
 _DTYPES = {
     str(d): d
@@ -99,6 +102,9 @@ def save_network(
         "outputs": _spec_to_json(graph.outputs),
     }
     # Copies of their own: safetensors refuses tensors that share memory.
+    for name in graph.kinds:
+        if not _PATH.fullmatch(name):
+            raise UnsupportedError(f"the tensor {name!r:.80} cannot be saved under that name")
     tensors = {
         name.removeprefix(level): tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in graph.tensors.items()
@@ -238,7 +244,7 @@ def _spec_to_json(spec: pytree.TreeSpec) -> Any:
 def _restore(
     content: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[GraphNetwork, tuple[Tensor, ...]]:
-    kinds = {str(name): str(kind) for name, kind in content["tensors"].items()}
+    kinds = {_plain_path(name): str(kind) for name, kind in content["tensors"].items()}
     missing = sorted(set(kinds) - set(tensors))
     if missing:
         raise InputError(f"the weights lack {missing[0]}, which {GRAPH_FILE} names")
@@ -248,8 +254,10 @@ def _restore(
     nodes: dict[str, fx.Node] = {}
     for record in content["nodes"]:
         args = tuple(_value_from_json(a, nodes) for a in record.get("args", ()))
-        kwargs = {str(k): _value_from_json(v, nodes) for k, v in record.get("kwargs", {}).items()}
-        name, op = str(record["name"]), record["op"]
+        kwargs = {
+            _plain_name(k): _value_from_json(v, nodes) for k, v in record.get("kwargs", {}).items()
+        }
+        name, op = _plain_name(record["name"]), record["op"]
         match op:
             case "placeholder":
                 default = {"default_value": False} if name == "training" else {}
@@ -287,6 +295,22 @@ def _restore(
         example_inputs=inputs,
     )  # fmt: skip
     return restored.network().eval(), inputs
+
+
+# A graph is turned into Python text and compiled. Names of inputs, keyword arguments and tensors
+# become part of that text as they are: here they are held to be names.
+
+
+def _plain_name(name: Any) -> str:
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise InputError(f"{GRAPH_FILE} has a name {name!r:.80}, which is not allowed")
+    return name
+
+
+def _plain_path(path: Any) -> str:
+    if not isinstance(path, str) or not _PATH.fullmatch(path):
+        raise InputError(f"{GRAPH_FILE} has a tensor {path!r:.80}, a name that is not allowed")
+    return path
 
 
 def _small(size: Any) -> int:
