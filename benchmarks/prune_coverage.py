@@ -89,33 +89,56 @@ def build(name: str) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _transformer(config_class: str) -> tuple[Any, tuple[Any, ...]]:
+    """A small network of a configuration class: the first head and input that run."""
     import torch
     import transformers
 
     known = getattr(transformers, config_class)
     default = known()
     options = {key: value for key, value in SMALL.items() if hasattr(default, key)}
-    if config_class == "SwinConfig":
-        options = {"image_size": 64, "patch_size": 2, "embed_dim": 32, "depths": [2, 2],
-                   "num_heads": [2, 4], "window_size": 4}  # fmt: skip
-    if config_class == "ConvNextConfig":
-        options = {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 2, 1]}
-    config = known(**options)
-    if config_class == "WhisperConfig":
-        model = transformers.WhisperModel(config).get_encoder()
-        return model.eval(), (torch.randn(2, 16, 64),)
-    if config_class == "T5Config":
-        return transformers.T5EncoderModel(config).eval(), (torch.randint(3, 50, (2, 16)),)
-    if config_class in ("ViTConfig", "SwinConfig", "ConvNextConfig"):
-        model = transformers.AutoModelForImageClassification.from_config(config)
-        return model.eval(), (torch.randn(2, 3, 64, 64),)
-    masked = ("BertConfig", "DistilBertConfig", "RobertaConfig", "ElectraConfig")
-    family = (
-        transformers.AutoModelForSequenceClassification
-        if config_class in masked
-        else transformers.AutoModelForCausalLM
-    )
-    return family.from_config(config).eval(), (torch.randint(3, 50, (2, 16)),)
+    if hasattr(default, "depths"):  # stages with widths of their own
+        keys = ("hidden_sizes", "num_heads", "depths", "embed_dim", "image_size", "patch_size")
+        stages = {
+            "image_size": 64, "patch_size": 2, "embed_dim": 32, "depths": [2, 2],
+            "num_heads": [2, 4], "window_size": 4,
+        }  # fmt: skip
+        if hasattr(default, "hidden_sizes") and not hasattr(default, "num_heads"):
+            stages = {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 2, 1]}
+        options = {k: v for k, v in stages.items() if k in keys or hasattr(default, k)}
+    tokens = (torch.randint(3, 50, (2, 16)),)
+    images = (torch.randn(2, 3, 64, 64),)
+    mel = (torch.randn(2, options.get("num_mel_bins", 80), 64),)
+    heads = (
+        "AutoModelForCausalLM", "AutoModelForSequenceClassification",
+        "AutoModelForImageClassification", "AutoModel",
+    )  # fmt: skip
+    reasons = []
+    # Some classes derive what others let one set: leave those out if they object.
+    for left_out in ((), ("head_dim",), ("head_dim", "num_key_value_heads"), tuple(options)):
+        chosen = {k: v for k, v in options.items() if k not in left_out}
+        # Of an encoder and a decoder the encoder alone is taken.
+        for name in ("AutoModel",) if getattr(default, "is_encoder_decoder", False) else heads:
+            try:
+                config = known(**chosen)
+                for key, value in (("rotary_dim", 8), ("n_inner", 128)):
+                    if hasattr(config, key):
+                        setattr(config, key, value)
+                model = getattr(transformers, name).from_config(config).eval()
+            except Exception as error:
+                reasons.append(f"{name}: {error}")
+                continue
+            encoder = getattr(model, "get_encoder", None)
+            if name == "AutoModel" and encoder is not None and config.is_encoder_decoder:
+                model = encoder()
+            for inputs in (tokens, images, mel):
+                try:
+                    with torch.no_grad():
+                        model(*inputs)
+                except Exception as error:
+                    reasons.append(f"{name}: {error}")
+                    continue
+                return model, inputs
+    raise RuntimeError(f"no head of {config_class} runs: {reasons[0][:300]}")
 
 
 def randomise(module: Any) -> None:

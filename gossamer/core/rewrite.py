@@ -237,6 +237,8 @@ def _slice(r, node, new, tensors, args, kwargs):  # type: ignore[no-untyped-def]
     picked = np.arange(len(keep))[chosen]
     picked = position[picked[keep[picked]]]
     steps = np.unique(np.diff(picked))
+    if not len(picked):  # it was empty before, too
+        return aten.slice.Tensor, (args[0], axis, 0, 0), {}
     if len(steps) <= 1:
         step = int(steps[0]) if len(steps) else 1
         start, end = int(picked[0]), int(picked[-1]) + 1
