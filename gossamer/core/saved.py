@@ -7,6 +7,8 @@ arithmetic on sizes are resolved, and none of them can open a file or call back.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import keyword
 import math
 import operator
@@ -129,7 +131,8 @@ def load_network(folder: Path) -> tuple[GraphNetwork, tuple[Tensor, ...], dict[s
     tensors = read_weights(Path(folder) / WEIGHTS_FILE)
     try:
         network, inputs = _restore(content, tensors)
-        with torch.inference_mode():
+        # A graph that fails prints where, beside raising it.
+        with torch.inference_mode(), contextlib.redirect_stderr(io.StringIO()):
             network(*inputs)
     except InputError:
         raise
