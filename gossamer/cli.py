@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,8 @@ def main() -> None:
     """Runs the command line; GossamerError becomes one sentence and exit code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("gossamer").setLevel(logging.INFO)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of the libraries, to their developers
     try:
         app()
     except GossamerError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -119,6 +120,14 @@ class Preprocess:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"the preprocessing record is not usable: {error!r}") from error
+        sizes, scales = (result.height, result.width), (*result.std, result.scale)
+        if result.channels not in (1, 3) or not all(1 <= side <= 1 << 14 for side in sizes):
+            raise InputError(
+                "the preprocessing record is not usable: it needs 1 or 3 channels and sides of "
+                f"1 to {1 << 14} pixels"
+            )
+        if not all(math.isfinite(x) for x in (*result.mean, *scales)) or 0.0 in scales:
+            raise InputError("the preprocessing record is not usable: it divides by 0 or infinity")
         if len(result.mean) != result.channels or len(result.std) != result.channels:
             raise InputError("the preprocessing record needs one mean and one std per channel")
         return result
