@@ -69,7 +69,12 @@ SCOPES = ("inner", "all")
 """Only the channels inside the residual blocks, or those of the residual stream too."""
 PEERS = {"torch-pruning": "torch-pruning", "nncf": "nncf"}
 """Environments and the packages installed in them."""
-OURS = {"gossamer l2": "l2", "gossamer taylor": "taylor", "random (control)": "random"}
+OURS = {
+    "gossamer l2": "l2",
+    "gossamer group": "group",
+    "gossamer taylor": "taylor",
+    "random (control)": "random",
+}
 TORCH_PRUNING = {
     "Torch-Pruning magnitude": "magnitude",
     "Torch-Pruning group-norm": "group-norm",
@@ -404,7 +409,8 @@ class Benchmark:
         for seed in self.setting.seeds:
             rows += [self.final(contender, seed) for contender in pruners]
         best = max(
-            ("gossamer l2", "gossamer taylor"), key=lambda c: max(self.choose(c)[2].values())
+            ("gossamer l2", "gossamer group", "gossamer taylor"),
+            key=lambda c: max(self.choose(c)[2].values()),
         )
         beside = self.setting.seeds[: REFERENCE_SEEDS[self.mode]]
         rows += [self.final(best, seed, distil=True) for seed in beside]
@@ -441,7 +447,7 @@ def claims() -> tuple[Claim, ...]:
             ">",
             accuracy(theirs),
         )
-        for ours in ("gossamer l2", "gossamer taylor")
+        for ours in ("gossamer l2", "gossamer group", "gossamer taylor")
         for theirs in (*TORCH_PRUNING, "random (control)")
     ]
     return (

@@ -38,6 +38,7 @@ def magnitude(
     p: int = 2,
     normalise: bool = True,
     accessories: bool = False,
+    readers: bool = False,
 ) -> Scores:
     """L1 or L2 norms of the units' weights.
 
@@ -47,13 +48,15 @@ def magnitude(
         p: 1 (sum of absolute values) or 2 (root of the sum of squares).
         normalise: average the tensors' shares, each divided by its mean; else one norm over all.
         accessories: count BatchNorm scales and shifts and the like too.
+        readers: count the weights that read the units too (DepGraph's group importance, Fang et
+            al., CVPR 2023).
 
     Raises:
         InputError: if ``p`` is neither 1 nor 2.
     """
     if p not in (1, 2):
         raise InputError(f"the norm must be 1 or 2, not {p}")
-    roles = ("producer", "accessory") if accessories else ("producer",)
+    roles = ["producer", *["accessory"] * accessories, *["consumer"] * readers]
     groups = Groups.of(module, dependency, roles=roles)
     power = torch.abs if p == 1 else torch.square
     shares = [_share(groups, entry, power(entry.tensor.detach())) for entry in groups.entries]
@@ -295,6 +298,10 @@ def _l2(module: nn.Module, dependency: Dependency, task: Task, seed: int) -> Sco
     return magnitude(module, dependency, p=2)
 
 
+def _group(module: nn.Module, dependency: Dependency, task: Task, seed: int) -> Scores:
+    return magnitude(module, dependency, p=2, accessories=True, readers=True)
+
+
 def _random(module: nn.Module, dependency: Dependency, task: Task, seed: int) -> Scores:
     return random(module, dependency, seed=seed)
 
@@ -318,6 +325,7 @@ def _taylor_activation(module: nn.Module, dependency: Dependency, task: Task, se
 CRITERIA: dict[str, Criterion] = {
     "l1": _l1,
     "l2": _l2,
+    "group": _group,
     "random": _random,
     "batchnorm-scale": _scale,
     "fpgm": _fpgm,

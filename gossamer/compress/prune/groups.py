@@ -31,7 +31,7 @@ class Entry:
         axis: which axis.
         owner: unit of each index, counted over all families, ``[size of axis]``; an index that
             belongs to none has the number ``Groups.total``.
-        role: "producer" or "accessory".
+        role: "producer", "accessory" or "consumer".
     """
 
     name: str

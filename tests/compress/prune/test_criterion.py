@@ -217,3 +217,17 @@ def test_units_of_several_rows_are_compared_as_wholes() -> None:
     found = criterion._distances(table, paired)
     flat = rows.view(3, 8)
     assert torch.allclose(found, torch.cdist(flat, flat).sum(1), atol=1e-5)
+
+
+def test_group_importance_counts_what_reads_a_unit() -> None:
+    """Rows (3, 0), (0, 3) tie; the reader's columns 1 and 5 decide: shares are hand-computed."""
+    network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 3.0]]))
+        network[2].weight.copy_(torch.tensor([[1.0, 5.0]]))
+    dependency = analyse(network, (torch.randn(2, 2),))
+    (rows,) = criterion.magnitude(network, dependency, p=2)
+    assert rows.tolist() == [1.0, 1.0]
+    (both,) = criterion.CRITERIA["group"](network, dependency, None, 0)  # type: ignore[arg-type]
+    # Rows give 1 and 1; columns 1/3 and 5/3; their means:
+    assert both.tolist() == pytest.approx([2 / 3, 4 / 3])
