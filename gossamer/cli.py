@@ -338,6 +338,8 @@ def predict(folder: Path, *images: Path, top: int = 1, json_: Json = False) -> N
             f"{path} carries no preprocessing and class names; was it written by shrink?"
         )
     preprocess = Preprocess.from_json(task["preprocess"])
+    if preprocess.channels not in (1, 3):
+        raise InputError(f"{path} takes {preprocess.channels} channels; images have 1 or 3")
     size = (preprocess.height, preprocess.width)
     found = []
     for image in images:

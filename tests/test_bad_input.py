@@ -256,20 +256,26 @@ def test_a_network_file_that_names_code_does_not_run(
     assert not canary.exists() and "own_evil_net" not in sys.modules
 
 
-def test_a_pickle_as_state_does_not_run(refused: Refused, here: Path, tmp_path: Path) -> None:
+def test_a_pickle_as_state_does_not_run(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     canary = tmp_path / "canary"
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "gossamer.cli", *SHRINK[:-1], str(out), "--epochs", "1",
-         "--recipe", "recipe.yaml"],
-        cwd=here, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = (*SHRINK[:-1], out, "--epochs", "1", "--recipe", "recipe.yaml")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gossamer.compress.shrink._Job._publish", interrupt)
+    monkeypatch.setattr(sys, "argv", ["gossamer", *map(str, words)])
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    refused.capfd.readouterr()
     for name in ("dense.safetensors", "steps/0-prune/weights.safetensors"):
         path = out / ".work" / name
         honest = path.read_bytes()
         path.write_bytes(pickle.dumps(Bomb(canary)))
-        assert path.name in refused(*SHRINK[:-1], out, "--epochs", "1", "--recipe", "recipe.yaml")
+        assert path.name in refused(*words)
         path.write_bytes(honest)
     assert not canary.exists()
 
@@ -361,9 +367,10 @@ def test_a_budget_that_cannot_be_met(refused: Refused, tmp_path: Path, good: nn.
     (tmp_path / "r.yaml").write_text("steps:\n- prune: {macs: 0.9, epochs: 0}\n")
     sentence = refused(
         *SHRINK[:-1], tmp_path / "out", "--weights", tmp_path / "w.safetensors",
-        "--recipe", tmp_path / "r.yaml", "--params", "0.01",
+        "--recipe", tmp_path / "r.yaml", "--params", "0.01", "--size", "100MB",
     )  # fmt: skip
     assert "the budget cannot be met: --params 0.01 of the original (nearest: 0." in sentence
+    assert sentence.endswith("change the recipe") and "--size" not in sentence
     assert not list((tmp_path / "out").glob("*"))or {
         p.name for p in (tmp_path / "out").iterdir()
     } <= {".lock", ".work"}  # fmt: skip
@@ -436,7 +443,12 @@ TASK: dict[str, Any] = {
         (TASK | {"classes": ["a", "b", "c"]}, "one number for each of its 3 classes"),
         (TASK | {"classes": []}, "one number for each of its 0 classes"),
         (TASK | {"preprocess": 3}, "preprocessing record"),
-        (TASK | {"preprocess": TASK["preprocess"] | {"channels": 2}}, "preprocessing record"),
+        (TASK | {"preprocess": TASK["preprocess"] | {"channels": 2}}, "one mean and one std"),
+        (
+            TASK
+            | {"preprocess": TASK["preprocess"] | {"channels": 2, "mean": [0, 0], "std": [1, 1]}},
+            "takes 2 channels; images have 1 or 3",
+        ),
         (TASK | {"preprocess": TASK["preprocess"] | {"height": 10**9}}, "preprocessing record"),
         (TASK | {"preprocess": TASK["preprocess"] | {"height": -1}}, "preprocessing record"),
         (TASK | {"preprocess": TASK["preprocess"] | {"std": [0, 0, 0]}}, "preprocessing record"),

@@ -121,10 +121,9 @@ class Preprocess:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"the preprocessing record is not usable: {error!r}") from error
         sizes, scales = (result.height, result.width), (*result.std, result.scale)
-        if result.channels not in (1, 3) or not all(1 <= side <= 1 << 14 for side in sizes):
+        if not all(1 <= side <= 1 << 14 for side in sizes):
             raise InputError(
-                "the preprocessing record is not usable: it needs 1 or 3 channels and sides of "
-                f"1 to {1 << 14} pixels"
+                f"the preprocessing record is not usable: its sides are not 1 to {1 << 14} pixels"
             )
         if not all(math.isfinite(x) for x in (*result.mean, *scales)) or 0.0 in scales:
             raise InputError("the preprocessing record is not usable: it divides by 0 or infinity")

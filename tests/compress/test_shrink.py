@@ -17,7 +17,7 @@ import gossamer
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.report import page
 from gossamer.compress.shrink import Shrunk
-from gossamer.core.errors import BudgetError, InputError, UnsupportedError
+from gossamer.core.errors import InputError, UnsupportedError
 from gossamer.core.graph import Graph
 from gossamer.core.saved import load_network, read_weights
 from gossamer.datasets import open_task
@@ -157,18 +157,6 @@ def test_a_folder_of_another_run_is_refused(made: tuple[nn.Module, Shrunk], task
             small(16), task, recipe=RECIPE, trained=False, epochs=3, seed=3, out=made[1].folder,
             max_drop=60.0,
         )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_budget_that_a_recipe_misses_is_named(task: Any, tmp_path: Path) -> None:
-    recipe = Recipe.of(("prune", {"macs": 0.8, "epochs": 0}))
-    with pytest.raises(BudgetError) as caught:
-        gossamer.shrink(
-            small(), task, recipe=recipe, macs=0.3, size="100MB", out=tmp_path / "out", cpu=True
-        )
-    assert "--macs 0.3 of the original (nearest: 0." in str(caught.value)
-    assert "--size" not in str(caught.value) and "change the recipe" in str(caught.value)
-    assert {p.name for p in (tmp_path / "out").iterdir()} <= {".lock", ".work"}
 
 
 class Branches(nn.Module):
