@@ -33,7 +33,7 @@ from gossamer.hardware.measure import compare, measure
 
 log = logging.getLogger(__name__)
 
-CRITERIA = ("l2", "group", "taylor", "fpgm", "batchnorm-scale")
+CRITERIA = ("l2", "taylor", "fpgm", "batchnorm-scale")
 ALLOCATIONS = ("global", "uniform")
 MULTIPLES = (1, 4, 8, 16)
 RECOVERIES = ("finetune", "distil")
