@@ -27,7 +27,7 @@ import sys
 import sysconfig
 import time
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ TORCH_PRUNING = {
     "Torch-Pruning magnitude": "magnitude",
     "Torch-Pruning group-norm": "group-norm",
 }
-REFERENCE_SEEDS = {"quick": 1, "full": 3}
+REFERENCE_SEEDS = {"quick": 1, "standard": 0, "full": 3}
 """Seeds of the dense reference and of distillation, which are beside the comparison."""
 DENSE = "dense (reference)"
 DISTILLED = " + distillation"
@@ -191,7 +191,10 @@ class Benchmark:
         environments: the peers'.
     """
 
-    def __init__(self, mode: str, work: Path, environments: Path) -> None:
+    def __init__(
+        self, mode: str, work: Path, environments: Path, contenders: Sequence[str] = ()
+    ) -> None:
+        self.pruners = tuple(contenders) or (*TORCH_PRUNING, *OURS)
         self.mode, self.environments = mode, environments
         self.setting: Setting = SETTINGS[mode]
         digest = hashlib.blake2b(repr(self.setting).encode(), digest_size=4).hexdigest()
@@ -403,11 +406,10 @@ class Benchmark:
         say(f"test accuracy before pruning: {before}")
         quantized = self.quantized()
         rows: list[dict[str, Any]] = []
-        pruners = [*TORCH_PRUNING, *OURS]
-        for contender in pruners:
+        for contender in self.pruners:
             self.choose(contender)
         for seed in self.setting.seeds:
-            rows += [self.final(contender, seed) for contender in pruners]
+            rows += [self.final(contender, seed) for contender in self.pruners]
         best = max(
             ("gossamer l2", "gossamer group", "gossamer taylor"),
             key=lambda c: max(self.choose(c)[2].values()),
@@ -517,6 +519,9 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Shrinking against the peers.")
     parser.add_argument("--mode", choices=sorted(SETTINGS), default="quick")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="CONTENDER", help="leave the others out"
+    )
     parser.add_argument("--setup", action="store_true", help="make the peers' environments")
     parser.add_argument("--table", action="store_true", help="print the committed result")
     parser.add_argument("--envs", type=Path, default=HERE / ".envs")
@@ -529,14 +534,16 @@ def main() -> None:
     options = parser.parse_args()
     committed = HERE / "results" / "shrink_vs_peers.json"
     target = options.json or (
-        committed if options.mode == "quick" else committed.with_stem("shrink_vs_peers_full")
+        committed
+        if options.mode == "quick"
+        else committed.with_stem(f"shrink_vs_peers_{options.mode}")
     )
     if options.setup:
         setup(options.envs)
         return
     if not options.table:
         torch.set_num_threads(1)
-        Benchmark(options.mode, options.work, options.envs).run().write(target)
+        Benchmark(options.mode, options.work, options.envs, options.only).run().write(target)
     print(table(Result.read(target)))
 
 

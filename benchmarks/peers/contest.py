@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,8 @@ SETTINGS = {
         seeds=(0, 1, 2),
     ),
 }
+SETTINGS["standard"] = replace(SETTINGS["quick"], tune_images=None)
+"""Two epochs over all training images; everything else as in quick."""
 
 
 def data_folder() -> Path:
