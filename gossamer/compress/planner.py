@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from gossamer.compress.budget import Budget
 from gossamer.compress.recipe import Recipe
@@ -28,6 +26,7 @@ from gossamer.core.errors import BudgetError, GossamerError
 from gossamer.core.export import OnnxRunner, write_onnx
 from gossamer.core.graph import Graph
 from gossamer.core.network import Network
+from gossamer.core.progress import progress
 from gossamer.core.task import Task, seed_of
 from gossamer.hardware.measure import compare, measure
 
@@ -163,7 +162,7 @@ class Planner:
             return search_time - spent - (time.monotonic() - began)
 
         done = {(t["number"], t["rung"]): t for t in self._trials()}
-        with Progress(transient=True, disable=not Console(stderr=True).is_terminal) as bar:
+        with progress() as bar:
             shown = bar.add_task("searching recipes", total=search_time, completed=spent)
             number = 0
             # Half of the search goes to the first rung; at least a handful of recipes is tried.

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gossamer.core.errors import InputError
 from gossamer.core.files import load_state, save_state
+from gossamer.core.progress import progress
 from gossamer.core.task import Batch, Task, seed_of, to_device
 
 log = logging.getLogger(__name__)
@@ -368,7 +368,7 @@ def fit(
 
     began = time.monotonic()
     devices = [run.device] if run.device.type == "cuda" else []
-    with Progress(transient=True, disable=not _terminal()) as bar:
+    with progress() as bar:
         shown = bar.add_task(title, total=run.total_steps, completed=run.step)
         while run.epoch < epochs and not history.stopped_early:
             start = run.step - run.epoch * run.steps_per_epoch
@@ -441,9 +441,3 @@ def _joined(
     others = {name: endless(name) for name in names[1:]}
     for batch in stream(names[0]):
         yield {names[0]: batch} | {name: next(batches) for name, batches in others.items()}
-
-
-def _terminal() -> bool:
-    from rich.console import Console
-
-    return Console(stderr=True).is_terminal

@@ -21,8 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -30,6 +28,7 @@ from gossamer.core.cost import Cost, Latency
 from gossamer.core.errors import InputError, UnsupportedError
 from gossamer.core.export import OnnxRunner, write_onnx
 from gossamer.core.network import Network
+from gossamer.core.progress import progress
 from gossamer.core.task import device_of, to_device
 from gossamer.hardware import peak_memory
 
@@ -173,7 +172,7 @@ def measure(
     ]
     with (
         tempfile.TemporaryDirectory() as folder,
-        Progress(transient=True, disable=not Console(stderr=True).is_terminal) as bar,
+        progress() as bar,
     ):
         files = _OnnxFiles(Path(folder))
         shown = bar.add_task("measuring", total=len(settings))
