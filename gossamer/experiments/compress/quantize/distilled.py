@@ -39,61 +39,13 @@ from gossamer.core.fit import Supervised, fit
 from gossamer.core.task import Task, device_of, evaluating, logits_of, seed_of, to_device
 from gossamer.datasets.cifar import cifar10
 from gossamer.datasets.digits import digits
+from gossamer.models.plain import ConvNet
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T", nn.Module, PackedNetwork)
 
 # Networks
-
-
-class ConvNet(nn.Sequential):
-    """Convolutions with batch norm and ReLU, pools between them, and a linear head.
-
-    Args:
-        inputs: channels of the image.
-        side: pixels of the (square) image.
-        plan: for each layer its output channels, or "pool", or "drop:SHARE".
-        hidden: widths of the hidden linear layers.
-        kernel: pixels of the kernels.
-        classes: outputs.
-        drop: dropout after each hidden linear layer.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        side: int,
-        plan: Sequence[int | str],
-        hidden: Sequence[int],
-        *,
-        kernel: int = 3,
-        classes: int = 10,
-        drop: float = 0.0,
-    ) -> None:
-        layers: list[nn.Module] = []
-        width = inputs
-        for part in plan:
-            if part == "pool":
-                layers.append(nn.MaxPool2d(2))
-                side //= 2
-            elif isinstance(part, str):
-                layers.append(nn.Dropout(float(part.removeprefix("drop:"))))
-            else:
-                layers += [
-                    nn.Conv2d(width, part, kernel, padding=kernel // 2),
-                    nn.BatchNorm2d(part),
-                    nn.ReLU(),
-                ]
-                width = part
-        layers.append(nn.Flatten())
-        width *= side * side
-        for size in hidden:
-            layers += [nn.Linear(width, size), nn.ReLU()]
-            if drop:
-                layers.append(nn.Dropout(drop))
-            width = size
-        super().__init__(*layers, nn.Linear(width, classes))
 
 
 def digits_teacher() -> nn.Module:
