@@ -23,6 +23,7 @@ from gossamer.parts.distillation import (
     distillation_loss,
     frozen_teacher,
 )
+from gossamer.parts.masks import Masks
 
 
 class DistillationCriterion:
@@ -120,6 +121,8 @@ def distil(
 ) -> Network:
     """Trains a network under a teacher (a step of a recipe).
 
+    Weights that an earlier step pruned stay zero.
+
     Args:
         network: the student; unchanged.
         task: its data.
@@ -144,10 +147,12 @@ def distil(
         task, module_of(teacher, "distil"), temperature=temperature, weight=weight
     )
     student = copy.deepcopy(network.module)
+    masks = Masks.of_zeros(network, student)
     rule = Supervised(
         student,
         task,
         criterion=criterion,
+        after_step=masks.hold_weights,
         optimizer=sgd(student, lr=lr, weight_decay=weight_decay),
     )
     history = fit(
@@ -173,7 +178,5 @@ def distil(
         },
         {"loss": history.loss[-1] if history.loss else None},
         module=student.cpu(),
-        storage={},
-        # A file that an earlier step prepared has the old weights in it.
-        write_onnx=None,
+        storage=masks.storage(),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from gossamer.core.fit import Supervised, fit, sgd
 from gossamer.core.network import Network
 from gossamer.core.task import Task
+from gossamer.parts.masks import Masks
 
 
 def finetune(
@@ -24,6 +25,8 @@ def finetune(
 ) -> Network:
     """Trains a network with the task's own loss (a step of a recipe).
 
+    Weights that an earlier step pruned stay zero.
+
     Args:
         network: unchanged.
         task: its data.
@@ -39,7 +42,13 @@ def finetune(
         The trained network.
     """
     module = copy.deepcopy(network.module)
-    rule = Supervised(module, task, optimizer=sgd(module, lr=lr, weight_decay=weight_decay))
+    masks = Masks.of_zeros(network, module)
+    rule = Supervised(
+        module,
+        task,
+        optimizer=sgd(module, lr=lr, weight_decay=weight_decay),
+        after_step=masks.hold_weights,
+    )
     history = fit(
         rule,
         task,
@@ -58,7 +67,4 @@ def finetune(
         "seed": seed,
     }
     report = {"loss": history.loss[-1] if history.loss else None}
-    # A file that an earlier step prepared has the old weights in it.
-    return network.after(
-        "finetune", options, report, module=module.cpu(), write_onnx=None, storage={}
-    )
+    return network.after("finetune", options, report, module=module.cpu(), storage=masks.storage())

@@ -46,7 +46,7 @@ STEPS: dict[str, str] = {
 }
 """Where each step lives; imported when a recipe uses it."""
 
-_SUPPLIED = frozenset({"teacher", "seed", "checkpoint", "cpu", "packed_file"})
+_SUPPLIED = frozenset({"teacher", "seed", "checkpoint", "cpu"})
 
 StepFunction = Callable[..., Network]
 

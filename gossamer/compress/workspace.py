@@ -20,8 +20,10 @@ from gossamer.core.files import read_json, whole_folder, write_json
 from gossamer.core.network import Network
 from gossamer.core.saved import load_network, save_network
 from gossamer.core.task import Task
+from gossamer.parts.packed import PackedNetwork
 
 WORK = ".work"
+PACKED = "packed.safetensors"
 
 
 class Workspace:
@@ -127,13 +129,15 @@ def _write(network: Network, folder: Path) -> None:
     save_network(folder, network.module, network.example_inputs, about)
     if network.write_onnx is not None:
         network.write_onnx(folder / "deployed.onnx")
+    if network.packed is not None:
+        network.packed.save(folder / PACKED)
 
 
 def _read(folder: Path, before: Network) -> Network:
     module, _, about = load_network(folder)
     if lacking := sorted({"origin", "steps", "storage", "runtime"} - set(about)):
         raise InputError(f"{folder} is not a finished step: its record lacks {lacking[0]}")
-    deployed = folder / "deployed.onnx"
+    deployed, packed = folder / "deployed.onnx", folder / PACKED
     return replace(
         before,
         module=module,
@@ -142,6 +146,7 @@ def _read(folder: Path, before: Network) -> Network:
         storage=about["storage"],
         runtime=about["runtime"],
         write_onnx=CopyOf(deployed) if deployed.exists() else None,
+        packed=PackedNetwork.load(packed) if packed.exists() else None,
     )
 
 

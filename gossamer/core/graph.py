@@ -283,11 +283,27 @@ class Graph:
         """Dense multiply-accumulates of one sample: convolutions, products and attention."""
         return sum(op.macs for op in self.operators)
 
+    @property
+    def macs_effective(self) -> int:
+        """Multiply-accumulates of one sample that remain when zero weights are skipped."""
+        kept = {
+            name: float((tensor != 0).sum()) / max(1, tensor.numel())
+            for name, tensor in self.tensors.items()
+            if self.kinds[name] == "parameter" and tensor.ndim > 1
+        }
+        return round(
+            sum(
+                op.macs * math.prod(kept[name] for name in op.weights if name in kept)
+                for op in self.operators
+            )
+        )
+
     def cost(self) -> Cost:
         """The counted costs."""
         return Cost(
             parameters=self.parameters,
             macs=self.macs,
+            macs_effective=self.macs_effective,
             bytes_moved=sum(op.input_bytes + op.output_bytes for op in self.operators),
             activation_bytes=self.peak_activation_bytes(),
         )
@@ -347,6 +363,14 @@ class GraphNetwork(nn.Module):
         """Runs the graph; ``self.training`` decides batch statistics and dropout."""
         outputs = self.program(*(a, b, c, d, e, f)[: self.arity], self.training)
         return pytree.tree_unflatten(list(outputs), self.output_spec)
+
+
+def level_of(module: nn.Module) -> str:
+    """What the names of a network's tensors begin with, beside what the original modules gave.
+
+    A network that runs a graph keeps its tensors one level down.
+    """
+    return "program." if isinstance(module, GraphNetwork) else ""
 
 
 def module_of(node: fx.Node) -> str:

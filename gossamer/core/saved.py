@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from gossamer.core.errors import InputError, UnsupportedError
 from gossamer.core.files import read_json, write_json, write_tensors
-from gossamer.core.graph import Graph, GraphNetwork, module_of
+from gossamer.core.graph import Graph, GraphNetwork, level_of, module_of
 
 FORMAT = 1
 GRAPH_FILE = "network.json"
@@ -87,9 +87,7 @@ def save_network(
         UnsupportedError: if the network cannot be traced or has an operator that cannot be saved.
     """
     graph = Graph.trace(module, example_inputs)
-    # A network that runs a graph keeps its tensors one level down; the file has the names that
-    # the original module gave them.
-    level = "program." if isinstance(module, GraphNetwork) else ""
+    level = level_of(module)
     content = {
         "format": FORMAT,
         "about": dict(about or {}),

@@ -14,14 +14,16 @@ arXiv:1802.05668, sections 3.1 (scaling, buckets), 3.2 (uniform) and 4 (learned 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gossamer.core.errors import InputError
+from gossamer.parts.packing import pack, unpack
+from gossamer.parts.stored import Stored, shape_of
 from gossamer.parts.straight_through import straight_through
 
 Scheme = Literal["linear", "absmax", "absnorm"]
@@ -66,7 +68,7 @@ def bucket_count(count: int, bucket: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class QTensor:
+class QTensor(Stored):
     """A tensor as codes, scales and levels: everything that is stored, nothing that is not.
 
     Attributes:
@@ -83,6 +85,8 @@ class QTensor:
             grid.
         mean: subtracted from the tensor before scaling and added after decoding.
     """
+
+    codec: ClassVar[str] = "uniform"
 
     codes: Tensor
     low: Tensor
@@ -134,6 +138,48 @@ class QTensor:
     def nbytes(self) -> int:
         """Bytes of :meth:`size_bits`, codes rounded up to whole bytes."""
         return -(-self.size_bits() // 8)
+
+    def decode(self) -> Tensor:
+        return self.dequantize()
+
+    def arrays(self) -> dict[str, Tensor]:
+        scales = [self.high] if self.scheme != "linear" else [self.low, self.high]
+        arrays = {"c": pack(self.codes, self.bits), "s": torch.stack(scales).float()}
+        return arrays if self.points is None else arrays | {"p": self.points.float()}
+
+    def record(self) -> Any:
+        return [self.shape, self.bits, self.levels, self.bucket, self.scheme, self.mean]
+
+    @classmethod
+    def restore(cls, record: Any, arrays: Mapping[str, Tensor]) -> QTensor:
+        shape, bits, levels, bucket, scheme, mean = record
+        shape = shape_of(shape)
+        count = math.prod(shape)
+        if scheme not in ("linear", "absmax", "absnorm"):
+            raise ValueError(record)
+        codes = unpack(arrays["c"], int(bits), count)
+        scales = arrays["s"].float()
+        points = arrays.get("p")
+        if (
+            scales.shape != (2 if scheme == "linear" else 1, bucket_count(count, bucket))
+            or not 2 <= int(levels) <= 1 << int(bits)
+            or int(codes.max()) >= int(levels)
+            or (points is not None and points.shape != (int(levels),))
+        ):
+            raise ValueError(record)
+        high = scales[-1].clone()
+        return cls(
+            codes=codes,
+            low=scales[0].clone() if scheme == "linear" else -high,
+            high=high,
+            shape=shape,
+            bits=int(bits),
+            levels=int(levels),
+            bucket=None if bucket is None else int(bucket),
+            scheme=scheme,
+            points=points,
+            mean=None if mean is None else float(mean),
+        )
 
     def histogram(self) -> Tensor:
         """How often each level is used, int64 ``[levels]``."""

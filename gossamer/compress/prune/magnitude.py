@@ -172,7 +172,4 @@ def prune(
         "lr": lr,
         "seed": seed,
     }
-    # A file that an earlier step prepared has the old weights in it.
-    return network.after(
-        "prune", options, report, module=module, write_onnx=None, storage={}, runtime="onnxruntime"
-    )
+    return network.after("prune", options, report, module=module)

@@ -18,7 +18,6 @@ true extremes of each bucket; the student's logits do not pass through a ReLU.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from gossamer.compress.distil import DistillationCriterion, module_of
 from gossamer.core.errors import InputError
-from gossamer.core.files import whole_file
 from gossamer.core.fit import Log, Rule, Supervised, cosine, fit
 from gossamer.core.network import Network
 from gossamer.core.task import Batch, Task, device_of, to_device
@@ -50,7 +46,8 @@ from gossamer.parts.grids import (
     redistribute,
     uniform_points,
 )
-from gossamer.parts.packing import huffman_mean_bits, pack, packed_bytes, unpack
+from gossamer.parts.packed import PackedNetwork
+from gossamer.parts.packing import huffman_mean_bits
 from gossamer.parts.swap import swapped
 
 # Which parameters
@@ -251,7 +248,7 @@ class LearnedLevels(nn.Module):
         codes = self.assignments()
         items = zip(self.names, self._units, self.points, codes, strict=True)
         tensors = {name: _to_cpu(u.quantized(p.detach(), c)) for name, u, p, c in items}
-        return _packed(self.network, tensors)
+        return PackedNetwork.of(self.network, tensors)
 
 
 def _to_cpu(q: QTensor) -> QTensor:
@@ -270,162 +267,6 @@ def _to_cpu(q: QTensor) -> QTensor:
 
 
 # Stored form
-
-
-@dataclass(frozen=True)
-class PackedNetwork:
-    """A network's state as it is stored: quantized tensors, the rest in float, and ties.
-
-    Attributes:
-        tensors: quantized tensors by state-dict name.
-        plain: everything else (batch-norm statistics, skipped parameters) by state-dict name.
-        ties: names that share another name's tensor.
-    """
-
-    tensors: Mapping[str, QTensor]
-    plain: Mapping[str, Tensor]
-    ties: Mapping[str, str]
-
-    def nbytes(self) -> int:
-        """Bytes of the quantized tensors by the formula (codes, scales, level tables)."""
-        return sum(
-            packed_bytes(q.codes.numel(), q.bits) + (q.size_bits() - q.codes.numel() * q.bits) // 8
-            for q in self.tensors.values()
-        )
-
-    def plain_nbytes(self) -> int:
-        """Bytes of what stays float."""
-        return sum(t.numel() * t.element_size() for t in self.plain.values())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The decoded state, to be loaded into the network it came from."""
-        state = {name: q.dequantize() for name, q in self.tensors.items()}
-        state |= dict(self.plain)
-        return state | {name: state[other] for name, other in self.ties.items()}
-
-    def load_into(self, network: nn.Module) -> None:
-        """Puts the decoded state into ``network``.
-
-        Raises:
-            InputError: at the first name or shape that does not fit.
-        """
-        own = network.state_dict()
-        state = self.state_dict()
-        for name in [*own, *state]:
-            if name not in state or name not in own:
-                where = "packed file" if name not in state else "network"
-                raise InputError(f"the {where} has no tensor {name}")
-            if own[name].shape != state[name].shape:
-                raise InputError(
-                    f"{name} has shape {tuple(own[name].shape)} in the network and "
-                    f"{tuple(state[name].shape)} in the packed file"
-                )
-        network.load_state_dict(state)
-
-    def save(self, path: Path) -> None:
-        """Writes one safetensors file with bit-packed codes, in one rename.
-
-        The file is :meth:`nbytes` + :meth:`plain_nbytes` + a header of names and shapes.
-        """
-        tensors: dict[str, Tensor] = {}
-        records: dict[str, Any] = {}
-        for i, (name, q) in enumerate(self.tensors.items()):
-            tensors[f"{i}c"] = pack(q.codes, q.bits)
-            scales = [q.high] if q.scheme != "linear" else [q.low, q.high]
-            tensors[f"{i}s"] = torch.stack(scales).float().contiguous()
-            if q.points is not None:
-                tensors[f"{i}p"] = q.points.float().contiguous()
-            records[name] = [q.shape, q.bits, q.levels, q.bucket, q.scheme, q.mean]
-        for name, tensor in self.plain.items():
-            tensors[f"={name}"] = tensor.detach().cpu().contiguous().clone()
-        header = {"quantized": records, "ties": dict(self.ties)}
-        with whole_file(Path(path)) as partial:
-            save_file(
-                tensors, partial, metadata={"gossamer": json.dumps(header, separators=(",", ":"))}
-            )
-
-    @classmethod
-    def load(cls, path: Path) -> PackedNetwork:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            InputError: if the file is missing, truncated, damaged or of another kind.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["gossamer"])
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            tensors = {
-                str(name): _unpacked(stored, i, record)
-                for i, (name, record) in enumerate(header["quantized"].items())
-            }
-            plain = {name[1:]: t for name, t in stored.items() if name.startswith("=")}
-            ties = {str(name): str(other) for name, other in header["ties"].items()}
-            unknown = [other for other in ties.values() if other not in tensors | plain]
-            if unknown:
-                raise InputError(f"{path} ties a name to {unknown[0]}, which it does not hold")
-        except FileNotFoundError as error:
-            raise InputError(f"{path} does not exist") from error
-        except (
-            SafetensorError,
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            OSError,
-            RecursionError,
-            OverflowError,
-        ) as error:
-            raise InputError(f"{path} is not a packed network, or it is damaged") from error
-        return cls(tensors, plain, ties)
-
-
-def _unpacked(stored: Mapping[str, Tensor], index: int, record: Sequence[Any]) -> QTensor:
-    shape, bits, levels, bucket, scheme, mean = record
-    shape = tuple(int(size) for size in shape)
-    count = math.prod(shape)
-    if scheme not in ("linear", "absmax", "absnorm") or count < 1 or min(shape, default=1) < 1:
-        raise ValueError(record)
-    codes = unpack(stored[f"{index}c"], int(bits), count)
-    scales = stored[f"{index}s"].float()
-    points = stored.get(f"{index}p")
-    size = count if bucket is None else min(int(bucket), count)
-    buckets = -(-count // size)
-    if (
-        scales.shape != (2 if scheme == "linear" else 1, buckets)
-        or not 2 <= int(levels) <= 1 << int(bits)
-        or int(codes.max()) >= int(levels)
-        or (points is not None and points.shape != (int(levels),))
-    ):
-        raise ValueError(record)
-    high = scales[-1].clone()
-    return QTensor(
-        codes=codes,
-        low=scales[0].clone() if scheme == "linear" else -high,
-        high=high,
-        shape=shape,
-        bits=int(bits),
-        levels=int(levels),
-        bucket=None if bucket is None else int(bucket),
-        scheme=scheme,
-        points=points,
-        mean=None if mean is None else float(mean),
-    )
-
-
-def _packed(network: nn.Module, tensors: Mapping[str, QTensor]) -> PackedNetwork:
-    first = {id(p): name for name, p in network.named_parameters()}
-    ties = {
-        name: first[id(p)]
-        for name, p in network.named_parameters(remove_duplicate=False)
-        if first[id(p)] != name
-    }
-    plain = {
-        name: tensor.detach().cpu().clone()
-        for name, tensor in network.state_dict().items()
-        if name not in tensors and name not in ties
-    }
-    return PackedNetwork(dict(tensors), plain, ties)
 
 
 def pack_uniform(
@@ -455,7 +296,7 @@ def pack_uniform(
         tensors[name] = quantize_tensor(
             w, bits=options.bits, bucket=options.bucket, scheme=options.scheme
         )
-    return _packed(network, tensors)
+    return PackedNetwork.of(network, tensors)
 
 
 def huffman_bits(packed: PackedNetwork) -> float:
@@ -463,8 +304,9 @@ def huffman_bits(packed: PackedNetwork) -> float:
 
     The histogram is that of level indices over the whole network (arXiv:1802.05668, section 5).
     """
-    counts = torch.zeros(max((q.levels for q in packed.tensors.values()), default=1))
-    for q in packed.tensors.values():
+    tensors = [stored for stored in packed.tensors.values() if isinstance(stored, QTensor)]
+    counts = torch.zeros(max((q.levels for q in tensors), default=1))
+    for q in tensors:
         counts[: q.levels] += q.histogram()
     return huffman_mean_bits(counts)
 
@@ -846,15 +688,13 @@ def _finished(
     step: str,
     options: Mapping[str, Any],
     report: Mapping[str, Any],
-    packed_file: Path | None,
 ) -> Network:
     module = copy.deepcopy(network.module)
     packed.load_into(module)
-    if packed_file is not None:
-        packed.save(packed_file)
     storage = {
         name: f"{'uniform' if q.points is None else 'learned'}{q.bits}/{q.bucket or 'tensor'}"
         for name, q in packed.tensors.items()
+        if isinstance(q, QTensor)
     }
     return network.after(
         step,
@@ -866,9 +706,9 @@ def _finished(
             "huffman_bits_per_weight": huffman_bits(packed),
         },
         module=module,
-        storage={**network.storage, **storage},
-        # A file that an earlier step prepared has the old weights in it.
-        write_onnx=None,
+        storage=storage,
+        packed=packed,
+        runtime="packed",
     )
 
 
@@ -880,7 +720,6 @@ def post_mortem(
     bucket: int | None = 256,
     scheme: Scheme = "linear",
     skip: Collection[str] = (),
-    packed_file: Path | None = None,
 ) -> Network:
     """Rounds the weights of a trained network and does nothing else (the paper's PM baseline).
 
@@ -891,14 +730,13 @@ def post_mortem(
         bucket: values a bucket, or None for one bucket a tensor.
         scheme: how buckets are scaled.
         skip: modules or parameters that stay float.
-        packed_file: where to write the packed form, or None.
 
     Returns:
         The network with every weight at a level.
     """
     packed = pack_uniform(network.module, UniformOptions(bits, bucket, scheme), skip=skip)
     options = {"bits": bits, "bucket": bucket, "scheme": scheme, "skip": list(skip)}
-    return _finished(network, packed, "post_mortem", options, {}, packed_file)
+    return _finished(network, packed, "post_mortem", options, {})
 
 
 def quantized_distillation(
@@ -920,7 +758,6 @@ def quantized_distillation(
     seed: int = 0,
     checkpoint: Path | None = None,
     cpu: bool = False,
-    packed_file: Path | None = None,
 ) -> Network:
     """Trains a few-bit student under a teacher (a step of a recipe).
 
@@ -942,7 +779,6 @@ def quantized_distillation(
         seed: of data order and random rounding.
         checkpoint: file that holds the run's state; an interrupted run resumes from it.
         cpu: stay on the CPU although there is a GPU.
-        packed_file: where to write the packed form, or None.
 
     Returns:
         The network with every weight at a level.
@@ -987,7 +823,7 @@ def quantized_distillation(
     }
     report = {"loss": history.loss[-1] if history.loss else None}
     packed = rule.quantized.packed()
-    return _finished(network, packed, "quantized_distillation", options, report, packed_file)
+    return _finished(network, packed, "quantized_distillation", options, report)
 
 
 def differentiable_quantization(
@@ -1008,7 +844,6 @@ def differentiable_quantization(
     seed: int = 0,
     checkpoint: Path | None = None,
     cpu: bool = False,
-    packed_file: Path | None = None,
 ) -> Network:
     """Learns where the levels of a trained network's weights should lie (a step of a recipe).
 
@@ -1030,7 +865,6 @@ def differentiable_quantization(
         seed: of the data order.
         checkpoint: file that holds the run's state; an interrupted run resumes from it.
         cpu: stay on the CPU although there is a GPU.
-        packed_file: where to write the packed form, or None.
 
     Returns:
         The network with every weight at a learned level.
@@ -1076,4 +910,4 @@ def differentiable_quantization(
         "levels": dict(zip(rule.levels.names, rule.levels.counts(), strict=True)),
     }
     packed = rule.levels.packed()
-    return _finished(network, packed, "differentiable_quantization", options, report, packed_file)
+    return _finished(network, packed, "differentiable_quantization", options, report)

@@ -118,6 +118,7 @@ def int8(
         storage={**network.storage, **_storage(network, quantized, per_channel)},
         runtime="onnxruntime",
         write_onnx=_Writer(quantized),
+        packed=None,
     )
 
 

@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from gossamer.compress.distil import DistillationCriterion
 from gossamer.compress.quantize.distilled import (
     DifferentiableQuantization,
-    PackedNetwork,
     QuantizedDistillation,
     UniformOptions,
     huffman_bits,
@@ -40,6 +39,7 @@ from gossamer.core.task import Task, device_of, evaluating, logits_of, seed_of, 
 from gossamer.datasets.cifar import cifar10
 from gossamer.datasets.digits import digits
 from gossamer.models.plain import ConvNet
+from gossamer.parts.packed import PackedNetwork
 
 log = logging.getLogger(__name__)
 

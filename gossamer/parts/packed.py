@@ -1,0 +1,297 @@
+"""Packed networks: one file in which every tensor is stored by a codec of its own.
+
+The file is safetensors; its size is that of the stored arrays plus a header of names and shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, fx, nn
+
+from gossamer.core.errors import InputError
+from gossamer.core.files import write_tensors
+from gossamer.core.graph import Graph, level_of
+from gossamer.parts.stored import Kernel, Stored
+
+CODECS: dict[str, str] = {
+    "uniform": "gossamer.parts.grids:QTensor",
+    "sparse": "gossamer.parts.sparse:SparseTensor",
+}
+"""Where the class of each codec lives; imported when a file uses it."""
+
+
+@dataclass(frozen=True)
+class PackedNetwork:
+    """A network's state as it is stored: encoded tensors, the rest as it is, and ties.
+
+    Names are those that the original modules gave.
+
+    Attributes:
+        tensors: encoded tensors by name.
+        plain: everything else (batch-norm statistics, skipped parameters) by name.
+        ties: names that share another name's tensor.
+    """
+
+    tensors: Mapping[str, Stored]
+    plain: Mapping[str, Tensor]
+    ties: Mapping[str, str]
+
+    @classmethod
+    def of(cls, network: nn.Module, tensors: Mapping[str, Stored]) -> PackedNetwork:
+        """The state of a network of which some tensors are encoded.
+
+        Args:
+            network: its other tensors are kept as they are.
+            tensors: by the names of ``network.state_dict()``.
+
+        Raises:
+            InputError: if the network has no tensor of a name.
+        """
+        level = level_of(network)
+        state = network.state_dict()
+        for name in tensors:
+            if name not in state:
+                raise InputError(f"the network has no tensor {name}")
+        first = {id(p): name for name, p in network.named_parameters()}
+        ties = {
+            name: first[id(p)]
+            for name, p in network.named_parameters(remove_duplicate=False)
+            if first[id(p)] != name
+        }
+        plain = {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in state.items()
+            if name not in tensors and name not in ties
+        }
+        return cls(
+            {name.removeprefix(level): stored for name, stored in tensors.items()},
+            {name.removeprefix(level): tensor for name, tensor in plain.items()},
+            {a.removeprefix(level): b.removeprefix(level) for a, b in ties.items()},
+        )
+
+    def nbytes(self) -> int:
+        """Bytes of the encoded tensors."""
+        return sum(stored.nbytes() for stored in self.tensors.values())
+
+    def plain_nbytes(self) -> int:
+        """Bytes of what is stored as it is."""
+        return sum(t.numel() * t.element_size() for t in self.plain.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The decoded state."""
+        state = {name: stored.decode() for name, stored in self.tensors.items()}
+        state |= dict(self.plain)
+        return state | {name: state[other] for name, other in self.ties.items()}
+
+    def load_into(self, network: nn.Module) -> None:
+        """Puts the decoded state into ``network``.
+
+        Raises:
+            InputError: at the first name or shape that does not fit.
+        """
+        level = level_of(network)
+        own = network.state_dict()
+        state = {level + name: tensor for name, tensor in self.state_dict().items()}
+        for name in [*own, *state]:
+            if name not in state or name not in own:
+                where = "packed file" if name not in state else "network"
+                raise InputError(f"the {where} has no tensor {name}")
+            if own[name].shape != state[name].shape:
+                raise InputError(
+                    f"{name} has shape {tuple(own[name].shape)} in the network and "
+                    f"{tuple(state[name].shape)} in the packed file"
+                )
+        network.load_state_dict(state)
+
+    def runner(self, network: nn.Module, example_inputs: Sequence[Tensor]) -> nn.Module:
+        """The network as it runs from its packed form.
+
+        Tensors with a kernel stay packed in memory; the others are decoded once.
+
+        Args:
+            network: for its structure; unchanged. Its tensors have the names of this file.
+            example_inputs: for tracing it.
+
+        Raises:
+            InputError: if a tensor of the network is missing here or has another shape.
+        """
+        graph = Graph.trace(network, example_inputs)
+        level = level_of(network)
+        # A tensor that was constant in the trace (a mask, a position table) is no state.
+        decoded: dict[str, Tensor] = {}
+        ties = dict(self.ties)
+        for name, tensor in graph.tensors.items():
+            own = name.removeprefix(level)
+            own = ties.get(own, own)
+            if own in self.tensors:
+                value = self.tensors[own].decode()
+            elif own in self.plain:
+                value = self.plain[own]
+            elif graph.kinds[name] == "constant":
+                continue
+            else:
+                raise InputError(f"the packed file has no tensor {own}")
+            if value.shape != tensor.shape:
+                raise InputError(
+                    f"{own} has shape {tuple(tensor.shape)} in the network and "
+                    f"{tuple(value.shape)} in the packed file"
+                )
+            decoded[name] = value.to(tensor.dtype)
+        made = copy.deepcopy(graph.network()).eval()
+        program = made.program
+        with torch.no_grad():
+            for name, value in decoded.items():
+                _tensor(program, name).copy_(value)
+        for name in graph.tensors:
+            own = name.removeprefix(level)
+            stored = self.tensors.get(ties.get(own, own))
+            kernel = stored.kernel() if stored is not None else None
+            if kernel is not None:
+                _use(program, name, kernel)
+        program.graph.lint()
+        program.recompile()
+        program.delete_all_unused_submodules()
+        return made
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file, in one rename.
+
+        The file is :meth:`nbytes` + :meth:`plain_nbytes` + a header of names and shapes.
+        """
+        tensors: dict[str, Tensor] = {}
+        records: dict[str, Any] = {}
+        for i, (name, stored) in enumerate(self.tensors.items()):
+            for key, array in stored.arrays().items():
+                tensors[f"{i}.{key}"] = array.detach().cpu().contiguous().clone()
+            records[name] = [stored.codec, stored.record()]
+        for name, tensor in self.plain.items():
+            tensors[f"={name}"] = tensor.detach().cpu().contiguous().clone()
+        header = {"tensors": records, "ties": dict(self.ties)}
+        write_tensors(Path(path), tensors, {"gossamer": json.dumps(header, separators=(",", ":"))})
+
+    @classmethod
+    def load(cls, path: Path) -> PackedNetwork:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            InputError: if the file is missing, truncated, damaged or of another kind.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["gossamer"])
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {}
+            for i, (name, (codec, record)) in enumerate(header["tensors"].items()):
+                prefix = f"{i}."
+                arrays = {
+                    k.removeprefix(prefix): t for k, t in held.items() if k.startswith(prefix)
+                }
+                tensors[str(name)] = _codec(codec).restore(record, arrays)
+            plain = {name[1:]: t for name, t in held.items() if name.startswith("=")}
+            ties = {str(name): str(other) for name, other in header["ties"].items()}
+            unknown = [other for other in ties.values() if other not in tensors | plain]
+            if unknown:
+                raise InputError(f"{path} ties a name to {unknown[0]}, which it does not hold")
+        except FileNotFoundError as error:
+            raise InputError(f"{path} does not exist") from error
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            OSError,
+            RecursionError,
+            RuntimeError,
+            OverflowError,
+        ) as error:
+            raise InputError(f"{path} is not a packed network, or it is damaged") from error
+        return cls(tensors, plain, ties)
+
+
+class _Call(nn.Module):
+    """A kernel in the place of an operator of a graph."""
+
+    def __init__(self, kernel: Kernel, operator: str, shape: torch.Size) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.operator = operator
+        self.side = tuple(shape[2:])
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] | str = (0, 0),
+        dilation: Sequence[int] = (1, 1),
+        groups: int = 1,
+    ) -> Tensor:
+        if self.operator == "linear":
+            return self.kernel.linear(x, bias)
+        stride, dilation = (list(v) * (3 - len(v)) for v in (stride, dilation))
+        around = [0, 0]
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, self.side, strict=True)]
+            around = [t // 2 for t in total]
+            x = nn.functional.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+        elif not isinstance(padding, str):
+            around = list(padding) * (3 - len(padding))
+        return self.kernel.conv2d(x, bias, stride, around, dilation, groups)
+
+
+_OPERATORS = {
+    torch.ops.aten.linear.default: "linear",
+    torch.ops.aten.conv2d.default: "conv2d",
+    torch.ops.aten.conv2d.padding: "conv2d",
+}
+
+
+def _use(program: fx.GraphModule, name: str, kernel: Kernel) -> None:
+    """Puts a kernel where the tensor ``name`` is multiplied with; forgets it if that was all."""
+    graph = program.graph
+    for source in [n for n in graph.nodes if n.op == "get_attr" and n.target == name]:
+        for node in list(source.users):
+            if node.target not in _OPERATORS or node.args[1] is not source or source in (
+                node.args[0], *node.args[2:]
+            ):  # fmt: skip
+                continue
+            if _OPERATORS[node.target] == "conv2d" and type(kernel).conv2d is Kernel.conv2d:
+                continue
+            call = f"packed_{node.name}"
+            shape = _tensor(program, name).shape
+            program.add_module(call, _Call(kernel, _OPERATORS[node.target], shape))
+            with graph.inserting_before(node):
+                kwargs = {k: v for k, v in node.kwargs.items() if k != "weight"}
+                new = graph.call_module(call, (node.args[0], *node.args[2:]), kwargs)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+        if not source.users:
+            graph.erase_node(source)
+    if not any(n.op == "get_attr" and n.target == name for n in graph.nodes):
+        path, _, leaf = name.rpartition(".")
+        owner = program.get_submodule(path)
+        owner._parameters.pop(leaf, None)
+        owner._buffers.pop(leaf, None)
+
+
+def _tensor(program: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(program.get_submodule(path), leaf)
+
+
+def _codec(name: Any) -> type[Stored]:
+    if name not in CODECS:
+        raise ValueError(f"there is no codec {name!r:.60}")
+    module, _, kind = CODECS[name].partition(":")
+    return getattr(importlib.import_module(module), kind)

@@ -1,0 +1,83 @@
+"""What a codec is: how one tensor is stored, read again and multiplied with.
+
+A codec is a class of :class:`Stored`: what a tensor became (codes and scales, a bitmap and the
+values that are left, signs ...), how that is written, read and decoded, and where there is one, a
+kernel that multiplies with the stored form without inflating it first.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+
+class Kernel(ABC):
+    """Multiplies with a stored weight without decoding all of it first."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x`` ``[..., inputs]`` times the stored ``[outputs, inputs]``, transposed, plus bias."""
+
+    def conv2d(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        """Convolves ``x`` ``[batch, channels, height, width]`` with the stored kernel."""
+        raise NotImplementedError
+
+
+class Stored(ABC):
+    """A tensor in its stored form."""
+
+    codec: ClassVar[str]
+
+    @abstractmethod
+    def decode(self) -> Tensor:
+        """The tensor that it stands for."""
+
+    @abstractmethod
+    def arrays(self) -> dict[str, Tensor]:
+        """What is written, by short names."""
+
+    @abstractmethod
+    def record(self) -> Any:
+        """What is needed beside the arrays to read them (shape, bits), JSON values."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, record: Any, arrays: Mapping[str, Tensor]) -> Self:
+        """Reads what :meth:`arrays` and :meth:`record` gave.
+
+        Raises:
+            ValueError, KeyError or TypeError: if they do not fit together. Nothing of the file is
+                to be believed: every size and code is checked here.
+        """
+
+    def kernel(self) -> Kernel | None:
+        """What multiplies with this tensor as it is; None where it has to be decoded."""
+        return None
+
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(array.numel() * array.element_size() for array in self.arrays().values())
+
+
+def shape_of(record: Any) -> tuple[int, ...]:
+    """A shape read from a file.
+
+    Raises:
+        ValueError: if it is none, or of more than 2^40 values.
+    """
+    shape = tuple(int(size) for size in record)
+    if min(shape, default=1) < 1 or math.prod(shape) > 1 << 40:
+        raise ValueError(f"{record!r:.60} is no shape")
+    return shape
