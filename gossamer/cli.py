@@ -273,6 +273,7 @@ def _show_report(report: Any, out: Path) -> None:
     rows = [
         (report["task"]["metric"], before["score"], after["score"], "{:.2f}"),
         ("MACs", before["macs"], after["macs"], "{:,.0f}"),
+        ("MACs, zeros skipped", before["macs_effective"], after["macs_effective"], "{:,.0f}"),
         ("parameters", before["params"], after["params"], "{:,.0f}"),
         ("bytes of the ONNX file", before["bytes"], after["bytes"], "{:,.0f}"),
         (
@@ -294,6 +295,11 @@ def _show_report(report: Any, out: Path) -> None:
         f"{speed['ratio']:.2f}x as fast, measured in turns "
         f"({speed['low']:.2f} to {speed['high']:.2f}{said})"
     )
+    if packed := report["packed"]:
+        console.print(
+            f"packed form: {packed['bytes']:,} bytes (as float32 {packed['float_bytes']:,}), "
+            f"score {packed['score']:.2f}, {packed['speedup']['ratio']:.2f}x as fast in torch"
+        )
     console.print(f"verified: {'yes' if report['verified'] else 'no'}")
     console.print(
         f"written to {out}: model.onnx, model.pt2, network.json, report.html", style="bold"

@@ -134,6 +134,7 @@ def _before_after(report: Mapping[str, Any]) -> str:
     threads = f"{new['threads']} thread{'s' if new['threads'] > 1 else ''}"
     rows: list[tuple[str, str, float | None, float | None, str]] = [
         ("macs", "MACs of one sample", before["macs"], after["macs"], "{:,.0f}"),
+        *_effective(before, after),
         ("params", "parameters", before["params"], after["params"], "{:,.0f}"),
         ("bytes", "bytes of the ONNX file", before["bytes"], after["bytes"], "{:,.0f}"),
         ("p50", f"latency p50, ms a batch of {new['batch']}", old["p50"], new["p50"], "{:.3f}"),
@@ -176,7 +177,33 @@ def _before_after(report: Mapping[str, Any]) -> str:
         '<th scope="col">ratio</th><th scope="col" aria-label="ratio as a bar"></th></tr></thead>'
         f"<tbody>{''.join(drawn)}</tbody></table></div>"
         f'<p class="note">{escape(said)}. The score\'s change is in points. Everything was '
-        "measured on the exported files after they were loaded again.</p></section>"
+        f"measured on the exported files after they were loaded again.</p>{_packed(report)}"
+        "</section>"
+    )
+
+
+def _effective(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[tuple[str, str, float | None, float | None, str]]:
+    """MACs without those of zero weights, where there are any."""
+    a, b = before.get("macs_effective"), after.get("macs_effective")
+    if (a, b) == (before["macs"], after["macs"]):
+        return []
+    return [("macs-effective", "MACs of one sample, zero weights skipped", a, b, "{:,.0f}")]
+
+
+def _packed(report: Mapping[str, Any]) -> str:
+    """The packed form beside the ONNX file, in words."""
+    packed = report.get("packed")
+    if not packed:
+        return ""
+    speed = packed["speedup"]
+    noise = "" if speed["winner"] else ", no winner inside the noise"
+    return (
+        f'<p id="packed">Packed form: {_bytes(packed["bytes"])} of weights in '
+        f"<code>{escape(packed['file'])}</code> (as float32: {_bytes(packed['float_bytes'])}), "
+        f"score {packed['score']:.2f}; {speed['ratio']:.2f}x as fast as the original in torch "
+        f"({speed['low']:.2f} to {speed['high']:.2f}{noise}).</p>"
     )
 
 

@@ -193,6 +193,10 @@ class Task(ABC):
         """What ``model`` answers for ``batch``."""
         return model(*self.inputs(batch))
 
+    def decisions(self, outputs: Any) -> Tensor:
+        """What the network decides: the index of the largest logit along the axis of classes."""
+        return logits_of(outputs).argmax(1)
+
     def loss(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         """The loss (a scalar) of ``model`` on ``batch``."""
         return self.criterion(self.outputs(model, batch), batch)

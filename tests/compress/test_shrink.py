@@ -17,8 +17,9 @@ import gossamer
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.report import page
 from gossamer.compress.shrink import Shrunk
-from gossamer.core.errors import InputError, UnsupportedError
+from gossamer.core.errors import BudgetError, InputError, UnsupportedError
 from gossamer.core.graph import Graph
+from gossamer.core.network import Network
 from gossamer.core.saved import load_network, read_weights
 from gossamer.datasets import open_task
 
@@ -201,3 +202,45 @@ def test_options_that_make_no_sense(
 
 def test_a_result_says_in_one_line_what_it_is(made: tuple[nn.Module, Shrunk]) -> None:
     assert repr(made[1]).startswith("Shrunk(score ") and "\n" not in repr(made[1])
+
+
+def test_a_packed_form_is_measured_from_its_file(
+    made: tuple[nn.Module, Shrunk], task: Any, tmp_path: Path
+) -> None:
+    recipe = Recipe.of(("post-mortem", {"bits": 2, "bucket": 64}))
+    result = gossamer.shrink(made[0], task, recipe=recipe, out=tmp_path / "out", cpu=True)
+    assert result.folder is not None
+    packed, after = result.report["packed"], result.report["after"]
+    file = result.folder / "packed.safetensors"
+    assert {p.name for p in result.folder.iterdir()} == FILES | {file.name, ".work", ".lock"}
+    assert packed["bytes"] == file.stat().st_size < packed["float_bytes"]
+    assert packed["float_bytes"] == (result.folder / "weights.safetensors").stat().st_size
+    assert (packed["agreement"], packed["score"]) == (1.0, after["score"])
+    assert result.report["runtime"] == "packed" and result.report["verified"]
+    text = (result.folder / "report.html").read_text()
+    assert "Packed form" in text
+    # Only the size of what is deployed counts: the packed file and the structure.
+    tight = packed["bytes"] + packed["network_bytes"] - 1
+    with pytest.raises(BudgetError, match="size"):
+        gossamer.shrink(made[0], task, recipe=recipe, size=tight, out=tmp_path / "tight", cpu=True)
+
+
+def test_zeros_survive_training_and_are_counted(
+    made: tuple[nn.Module, Shrunk], task: Any, tmp_path: Path
+) -> None:
+    module = small()
+    with torch.no_grad():
+        weight = module.get_parameter("3.weight")
+        weight[weight.abs() < weight.abs().median()] = 0.0
+    network = Network(module, task.example_inputs, storage={"3.weight": "sparse"})
+    for step, options in (("finetune", {"epochs": 1}), ("distil", {"epochs": 1})):
+        network = (
+            Recipe.of((step, options))
+            .steps[0]
+            .apply(network, task, teacher=Network(made[0], task.example_inputs), cpu=True)
+        )
+        now = network.module.get_parameter("3.weight")
+        assert torch.equal(now == 0, weight == 0)
+        assert not torch.equal(now, weight)
+    graph = Graph.trace(network.module, task.example_inputs)
+    assert graph.macs - graph.macs_effective == int((weight == 0).sum()) * 36
