@@ -36,6 +36,14 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def order_of(size: int, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch goes through ``size`` samples, ``[size]``."""
+    order = np.arange(size)
+    if shuffle:
+        np.random.default_rng(seed_of("order", seed, epoch)).shuffle(order)
+    return order
+
+
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode and no gradients inside the block; every module's mode is restored after."""
@@ -218,6 +226,49 @@ class Task(ABC):
         return hashlib.blake2b(repr(self.describe()).encode(), digest_size=8).hexdigest()
 
 
+class Labelled(Task):
+    """Samples with one label each, scored by top-1 accuracy in percent; a batch ends in labels.
+
+    Attributes:
+        classes: the names of the classes, in label order.
+        label_smoothing: of the cross-entropy.
+        evaluation_batch_size: samples a batch when scoring.
+    """
+
+    metric = "top-1 accuracy (%)"
+    classes: tuple[str, ...]
+    label_smoothing: float = 0.0
+    evaluation_batch_size: int = 256
+
+    def criterion(self, outputs: Any, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(
+            logits_of(outputs), batch[1], label_smoothing=self.label_smoothing
+        )
+
+    def logits(self, model: Callable[..., Any], split: str) -> tuple[Tensor, Tensor]:
+        """All logits ``[n, classes]`` and labels ``[n]`` of a split, in stored order."""
+        device = device_of(model)
+        logits, labels = [], []
+        with evaluating(model):
+            for batch in self.batches(split, batch_size=self.evaluation_batch_size, shuffle=False):
+                logits.append(logits_of(self.outputs(model, to_device(batch, device))).cpu())
+                labels.append(batch[1])
+        return torch.cat(logits), torch.cat(labels)
+
+    def score(self, model: Callable[..., Any], split: str = "validation") -> float:
+        logits, labels = self.logits(model, split)
+        return 100.0 * (logits.argmax(1) == labels).float().mean().item()
+
+    def class_scores(self, model: Callable[..., Any], split: str) -> dict[str, float | None]:
+        """Accuracy in percent of each class (None for a class without samples)."""
+        logits, labels = self.logits(model, split)
+        right = (logits.argmax(1) == labels).float()
+        return {
+            name: 100.0 * right[labels == k].mean().item() if (labels == k).any() else None
+            for k, name in enumerate(self.classes)
+        }
+
+
 class Source(Protocol):
     """Labelled images that can be fetched by index."""
 
@@ -237,7 +288,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Raw images of a batch and a generator in, augmented raw images out."""
 
 
-class Classification(Task):
+class Classification(Labelled):
     """Images with one label each, scored by top-1 accuracy in percent.
 
     Args:
@@ -254,8 +305,6 @@ class Classification(Task):
         InputError: if there are fewer than two classes, a split is empty or a label is out of
             range.
     """
-
-    metric = "top-1 accuracy (%)"
 
     def __init__(
         self,
@@ -313,9 +362,7 @@ class Classification(Task):
             raise InputError(f"{self.name} has no {split} split")
         source = self.splits[split]
         shuffle = split == "train" if shuffle is None else shuffle
-        order = np.arange(len(source))
-        if shuffle:
-            np.random.default_rng(seed_of("order", seed, epoch)).shuffle(order)
+        order = order_of(len(source), shuffle, seed, epoch)
         for step in range(start, self.steps_per_epoch(split, batch_size)):
             rows = order[step * batch_size : (step + 1) * batch_size]
             images = source.fetch(rows)
@@ -326,34 +373,6 @@ class Classification(Task):
 
     def inputs(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         return (batch[0],)
-
-    def criterion(self, outputs: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(
-            logits_of(outputs), batch[1], label_smoothing=self.label_smoothing
-        )
-
-    def logits(self, model: Callable[..., Any], split: str) -> tuple[Tensor, Tensor]:
-        """All logits ``[n, classes]`` and labels ``[n]`` of a split, in stored order."""
-        device = device_of(model)
-        logits, labels = [], []
-        with evaluating(model):
-            for batch in self.batches(split, batch_size=self.evaluation_batch_size, shuffle=False):
-                logits.append(logits_of(self.outputs(model, to_device(batch, device))).cpu())
-                labels.append(batch[1])
-        return torch.cat(logits), torch.cat(labels)
-
-    def score(self, model: Callable[..., Any], split: str = "validation") -> float:
-        logits, labels = self.logits(model, split)
-        return 100.0 * (logits.argmax(1) == labels).float().mean().item()
-
-    def class_scores(self, model: Callable[..., Any], split: str) -> dict[str, float | None]:
-        """Accuracy in percent of each class (None for a class without samples)."""
-        logits, labels = self.logits(model, split)
-        right = (logits.argmax(1) == labels).float()
-        return {
-            name: 100.0 * right[labels == k].mean().item() if (labels == k).any() else None
-            for k, name in enumerate(self.classes)
-        }
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import nn
@@ -15,7 +16,7 @@ def mlp(widths: Sequence[int], *, norm: bool = False) -> nn.Sequential:
         norm: batch normalisation before each ReLU.
     """
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(widths[:-2], widths[1:-1], strict=True):
+    for inputs, outputs in itertools.pairwise(widths[:-1]):
         layers.append(nn.Linear(inputs, outputs))
         if norm:
             layers.append(nn.BatchNorm1d(outputs))
