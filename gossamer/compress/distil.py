@@ -178,5 +178,5 @@ def distil(
         },
         {"loss": history.loss[-1] if history.loss else None},
         module=student.cpu(),
-        storage=masks.storage(),
+        **masks.stored(),
     )

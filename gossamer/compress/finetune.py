@@ -67,4 +67,4 @@ def finetune(
         "seed": seed,
     }
     report = {"loss": history.loss[-1] if history.loss else None}
-    return network.after("finetune", options, report, module=module.cpu(), storage=masks.storage())
+    return network.after("finetune", options, report, module=module.cpu(), **masks.stored())

@@ -34,6 +34,7 @@ from gossamer.core.task import Task, seed_of
 
 STEPS: dict[str, str] = {
     "prune": "gossamer.compress.prune.magnitude:prune",
+    "sparsify": "gossamer.compress.prune.sparsify:sparsify",
     "otov3": "gossamer.compress.prune.half_space:otov3",
     "finetune": "gossamer.compress.finetune:finetune",
     "distil": "gossamer.compress.distil:distil",
@@ -42,6 +43,8 @@ STEPS: dict[str, str] = {
         "gossamer.compress.quantize.distilled:differentiable_quantization"
     ),
     "post-mortem": "gossamer.compress.quantize.distilled:post_mortem",
+    "fixed-point": "gossamer.compress.quantize.fixed_point:fixed_point",
+    "binarize": "gossamer.compress.quantize.binary:binarize",
     "int8": "gossamer.compress.quantize.post_training:int8",
 }
 """Where each step lives; imported when a recipe uses it."""

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from gossamer.core.errors import InputError, UnsupportedError
 from gossamer.core.graph import Graph, level_of
 from gossamer.core.network import Network
+from gossamer.parts.packed import PackedNetwork
+from gossamer.parts.sparse import SparseTensor
 
 SPARSE = "sparse"
 """The storage format of a tensor whose zeros stay zeros."""
@@ -79,6 +81,7 @@ class Masks:
                     f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, the parameter "
                     f"{tuple(parameters[name].shape)}"
                 )
+        self._module = module
         self._level = level_of(module)
         self._parameters = {name: parameters[name] for name in kept}
         self.kept = {name: mask.to(parameters[name].device) for name, mask in kept.items()}
@@ -106,6 +109,18 @@ class Masks:
     def storage(self) -> dict[str, str]:
         """What a :class:`~gossamer.core.network.Network` says of the masked tensors."""
         return {name.removeprefix(self._level): SPARSE for name in self.kept}
+
+    def stored(self) -> dict[str, Any]:
+        """What a step says of its network when these masks are on: formats, packed form, runtime.
+
+        Empty where nothing is masked, so that a step can say it of any network.
+        """
+        if not self.kept:
+            return {}
+        sparse = {n: SparseTensor.of(p.masked_fill(~self._mask(n), 0.0))
+                  for n, p in self._parameters.items()}  # fmt: skip
+        packed = PackedNetwork.of(self._module, sparse)
+        return {"storage": self.storage(), "packed": packed, "runtime": "packed"}
 
     @property
     def total(self) -> int:

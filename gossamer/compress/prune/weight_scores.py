@@ -1,0 +1,130 @@
+"""How much each single weight matters: one score a weight, high = keep.
+
+A criterion is a function ``(module, names, task, seed) -> scores``: for each named parameter a
+tensor of its shape. Weights that were removed are zero in ``module``; their scores are never asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.errors import InputError
+from gossamer.core.task import Task, device_of, evaluating, to_device
+
+Scores = dict[str, Tensor]
+Criterion = Callable[[nn.Module, Sequence[str], Task, int], Scores]
+
+
+def magnitude(module: nn.Module, names: Sequence[str], task: Task, seed: int) -> Scores:
+    """The absolute value |w|."""
+    return {name: module.get_parameter(name).detach().abs() for name in names}
+
+
+def random(module: nn.Module, names: Sequence[str], task: Task, seed: int) -> Scores:
+    """Uniform random numbers: the control that every criterion has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(module.get_parameter(name).shape, generator=generator) for name in names
+    }
+
+
+def gradient(module: nn.Module, names: Sequence[str], task: Task, seed: int) -> Scores:
+    """|w g|: how far the loss moves, to first order, when the weight goes (g over 1024 samples)."""
+    slopes = mean_gradients(module, names, task, seed)
+    return {name: (module.get_parameter(name).detach() * g).abs() for name, g in slopes.items()}
+
+
+def mean_gradients(
+    module: nn.Module,
+    names: Sequence[str],
+    task: Task,
+    seed: int,
+    *,
+    samples: int = 1024,
+    batch_size: int = 128,
+) -> Scores:
+    """The gradient of the task's loss, in evaluation mode, averaged over training samples.
+
+    Args:
+        module: unchanged.
+        names: of its parameters.
+        task: gives data and loss.
+        seed: of the choice of samples.
+        samples: at most so many, in batches.
+        batch_size: samples a batch.
+    """
+    parameters = [module.get_parameter(name) for name in names]
+    total = [torch.zeros_like(p) for p in parameters]
+    device = device_of(module)
+    seen = 0
+    # Batch norm in evaluation mode: the loss that is meant is the deployed network's. Inference
+    # mode would leave no graph to differentiate, so only the modes are borrowed.
+    with evaluating(module), torch.inference_mode(False), torch.enable_grad():
+        for batch in task.batches("train", batch_size=batch_size, seed=seed):
+            loss = task.loss(module, to_device(batch, device))
+            for sum_, g in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+                sum_ += g
+            seen += 1
+            if seen * batch_size >= samples:
+                break
+    return {name: sum_ / seen for name, sum_ in zip(names, total, strict=True)}
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": magnitude,
+    "gradient": gradient,
+    "random": random,
+}
+"""Criteria by the names that recipes use."""
+
+
+def keep_overall(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], keep: int) -> Scores:
+    """Masks with the ``keep`` highest scores of all tensors together.
+
+    Args:
+        scores: by name.
+        alive: bool masks of what may stay.
+        keep: how many weights stay, exactly; of equal scores the first go.
+
+    Raises:
+        InputError: if fewer are alive.
+    """
+    flat = torch.cat([scores[name].flatten().double().cpu() for name in alive])
+    there = torch.cat([mask.flatten().cpu() for mask in alive.values()])
+    kept = _largest(flat, there, keep)
+    pieces = kept.split([mask.numel() for mask in alive.values()])
+    return {
+        name: piece.view_as(mask).to(mask.device)
+        for (name, mask), piece in zip(alive.items(), pieces, strict=True)
+    }
+
+
+def keep_in_each(
+    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], keep: Mapping[str, int]
+) -> Scores:
+    """Masks with the ``keep[name]`` highest scores of each tensor.
+
+    Raises:
+        InputError: if fewer are alive in one of them.
+    """
+    return {
+        name: _largest(scores[name].flatten().double().cpu(), mask.flatten().cpu(), keep[name])
+        .view_as(mask)
+        .to(mask.device)
+        for name, mask in alive.items()
+    }
+
+
+def _largest(scores: Tensor, alive: Tensor, keep: int) -> Tensor:
+    there = int(alive.sum())
+    if not 0 <= keep <= there:
+        raise InputError(f"{keep} weights cannot stay where {there} are left")
+    # Removed ones first, then by score; a stable sort lets equal scores go by index.
+    ranked = torch.where(alive, scores, -torch.inf)
+    order = torch.argsort(ranked, stable=True)
+    result = torch.zeros_like(alive)
+    result[order[len(order) - keep :]] = True
+    return result
