@@ -25,6 +25,7 @@ from gossamer.parts.stored import Kernel, Stored
 CODECS: dict[str, str] = {
     "uniform": "gossamer.parts.grids:QTensor",
     "sparse": "gossamer.parts.sparse:SparseTensor",
+    "fixed-point": "gossamer.parts.fixed_point:FixedPointTensor",
 }
 """Where the class of each codec lives; imported when a file uses it."""
 
