@@ -25,6 +25,7 @@ from gossamer.parts.stored import Kernel, Stored
 CODECS: dict[str, str] = {
     "uniform": "gossamer.parts.grids:QTensor",
     "sparse": "gossamer.parts.sparse:SparseTensor",
+    "binary": "gossamer.parts.binary_kernels:BinaryTensor",
     "fixed-point": "gossamer.parts.fixed_point:FixedPointTensor",
 }
 """Where the class of each codec lives; imported when a file uses it."""
@@ -158,6 +159,11 @@ class PackedNetwork:
             kernel = stored.kernel() if stored is not None else None
             if kernel is not None:
                 _use(program, name, kernel)
+        for node in list(program.graph.nodes):
+            call = program.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(call, _Call):
+                call.kernel = call.kernel.settle(program, node)
+        program.graph.eliminate_dead_code()
         program.graph.lint()
         program.recompile()
         program.delete_all_unused_submodules()
@@ -269,12 +275,15 @@ def _use(program: fx.GraphModule, name: str, kernel: Kernel) -> None:
                 continue
             if _OPERATORS[node.target] == "conv2d" and type(kernel).conv2d is Kernel.conv2d:
                 continue
+            taken = kernel.reads(node.args[0])
+            if taken is None:
+                continue
             call = f"packed_{node.name}"
             shape = _tensor(program, name).shape
             program.add_module(call, _Call(kernel, _OPERATORS[node.target], shape))
             with graph.inserting_before(node):
                 kwargs = {k: v for k, v in node.kwargs.items() if k != "weight"}
-                new = graph.call_module(call, (node.args[0], *node.args[2:]), kwargs)
+                new = graph.call_module(call, (taken, *node.args[2:]), kwargs)
             node.replace_all_uses_with(new)
             graph.erase_node(node)
         if not source.users:

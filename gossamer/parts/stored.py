@@ -12,11 +12,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from torch import Tensor
+from torch import Tensor, fx
 
 
 class Kernel(ABC):
     """Multiplies with a stored weight without decoding all of it first."""
+
+    def reads(self, source: fx.Node) -> fx.Node | None:
+        """What takes the place of an operator's input: what the kernel does itself is left out.
+
+        Args:
+            source: the input's node in the traced network.
+
+        Returns:
+            A node before it or itself; None if the kernel cannot multiply with this input.
+        """
+        return source
+
+    def settle(self, program: fx.GraphModule, node: fx.Node) -> Kernel:
+        """Called for each call of a kernel when all of them are in their places.
+
+        A kernel may take in what is computed just before it, by letting ``node`` read an earlier
+        node and returning a kernel that does the rest.
+        """
+        return self
 
     @abstractmethod
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
