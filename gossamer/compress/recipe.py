@@ -35,7 +35,10 @@ from gossamer.core.task import Task, seed_of
 STEPS: dict[str, str] = {
     "prune": "gossamer.compress.prune.magnitude:prune",
     "sparsify": "gossamer.compress.prune.sparsify:sparsify",
+    "rate-distortion": "gossamer.compress.prune.rate_distortion:rate_distortion",
     "otov3": "gossamer.compress.prune.half_space:otov3",
+    "low-rank": "gossamer.compress.low_rank:low_rank",
+    "svd": "gossamer.compress.low_rank:svd",
     "finetune": "gossamer.compress.finetune:finetune",
     "distil": "gossamer.compress.distil:distil",
     "quantized-distillation": "gossamer.compress.quantize.distilled:quantized_distillation",

@@ -88,8 +88,15 @@ class Masks:
 
     @classmethod
     def full(cls, module: nn.Module, names: Collection[str]) -> Masks:
-        """Masks under which every weight of ``names`` stays."""
+        """Masks under which every weight of ``names`` stays.
+
+        Raises:
+            InputError: if the module has no parameter of a name.
+        """
         parameters = dict(module.named_parameters())
+        for name in names:
+            if name not in parameters:
+                raise InputError(f"the network has no parameter {name} to mask")
         return cls(module, {n: torch.ones_like(parameters[n], dtype=torch.bool) for n in names})
 
     @classmethod

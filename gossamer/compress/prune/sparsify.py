@@ -8,7 +8,8 @@ faster: there is no dense kernel that skips them, and the report says so by meas
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,46 +70,102 @@ def sparsify(
         InputError: if a name is unknown or the sparsity is not in [0, 1).
         UnsupportedError: if the network cannot be traced or has nothing to prune.
     """
-    check_sparsity(sparsity)
     for name, known in (
         (criterion, CRITERIA), (allocation, ALLOCATIONS), (schedule, SCHEDULES)
     ):  # fmt: skip
         if name not in known:
             raise InputError(f"there is no {name}; there are {', '.join(known)}")
-    if rounds < 1 or epochs < 0:
-        raise InputError("sparsify needs at least one round and no negative number of epochs")
+
+    def choose(now: nn.Module, masks: Masks, keep: int, number: int) -> Mapping[str, Tensor]:
+        scores = CRITERIA[criterion](now, list(masks.kept), task, seed_of("score", seed, number))
+        return allocated(now, scores, masks, allocation, keep)
+
+    return in_rounds(
+        network,
+        task,
+        choose,
+        step="sparsify",
+        options={"criterion": criterion, "allocation": allocation, "rewind": rewind},
+        sparsity=sparsity,
+        schedule=schedule,
+        rounds=rounds,
+        retraining=Retraining(epochs=epochs, batch_size=batch_size, lr=lr, cpu=cpu),
+        rewind=network.module.state_dict() if rewind == "start" else None,
+        skip=skip,
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+
+
+def in_rounds(
+    network: Network,
+    task: Task,
+    choose: Callable[[nn.Module, Masks, int, int], Mapping[str, Tensor]],
+    *,
+    step: str,
+    options: Mapping[str, Any],
+    sparsity: float,
+    rounds: int,
+    retraining: Retraining,
+    schedule: str = "iterative",
+    rewind: Mapping[str, Tensor] | None = None,
+    skip: str = "",
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    report: Mapping[str, Any] | None = None,
+) -> Network:
+    """What every step that prunes single weights in rounds does.
+
+    Args:
+        network: unchanged.
+        task: its data.
+        choose: ``(module, masks, keep, round) -> bool masks`` of what stays.
+        step: name of the step, for the record.
+        options: its own options, for the record.
+        sparsity: share of the weights that goes.
+        rounds: of pruning and training.
+        retraining: of all rounds together: its epochs are shared out.
+        schedule: a name of :data:`~.schedule.SCHEDULES`.
+        rewind: state that the weights that stay are set back to in each round.
+        skip: names of parameters or modules that stay dense, with commas between.
+        seed: of the training.
+        checkpoint: file beside which each round keeps its state.
+        report: filled by ``choose`` on the way, for the record.
+
+    Raises:
+        InputError: if the sparsity is not in [0, 1) or there is no round.
+        UnsupportedError: if the network cannot be traced or has nothing to prune.
+    """
+    check_sparsity(sparsity)
+    if rounds < 1 or retraining.epochs < 0:
+        raise InputError(f"{step} needs at least one round and no negative number of epochs")
     module = copy.deepcopy(network.module).cpu()
     masks = pruned_so_far(network, module, skip=[s.strip() for s in skip.split(",") if s.strip()])
     gone = SCHEDULES[schedule](sparsity)
-
-    def choose(now: nn.Module, masks: Masks, number: int) -> Mapping[str, Tensor]:
-        names = list(masks.kept)
-        scores = CRITERIA[criterion](now, names, task, seed_of("score", seed, number))
-        keep = min(masks.remaining, round(masks.total * (1.0 - gone((number + 1) / rounds))))
-        return allocated(now, scores, masks, allocation, keep)
-
     records = []
     for number in range(rounds):
-        # The epochs of all rounds together are as asked, whatever the number of rounds.
+        keep = min(masks.remaining, round(masks.total * (1.0 - gone((number + 1) / rounds))))
+        epochs = retraining.epochs
         part = epochs * (number + 1) // rounds - epochs * number // rounds
         records += prune_and_retrain(
             module,
             task,
             masks,
-            lambda now, masks, _, number=number: choose(now, masks, number),
+            lambda now, masks, _, keep=keep, number=number: choose(now, masks, keep, number),
             rounds=1,
-            retraining=Retraining(epochs=part, batch_size=batch_size, lr=lr, cpu=cpu),
-            rewind=network.module.state_dict() if rewind == "start" else None,
-            seed=seed_of("sparsify", seed, number),
+            retraining=replace(retraining, epochs=part),
+            rewind=rewind,
+            seed=seed_of(step, seed, number),
             checkpoint=checkpoint and checkpoint.with_suffix(f".part{number}.state"),
         )
         records[-1]["round"] = number + 1
     options = {
-        "sparsity": sparsity, "criterion": criterion, "allocation": allocation,
-        "schedule": schedule, "rounds": rounds, "rewind": rewind, "skip": skip, "epochs": epochs,
-        "batch_size": batch_size, "lr": lr, "seed": seed,
+        "sparsity": sparsity, **options, "schedule": schedule, "rounds": rounds, "skip": skip,
+        "epochs": retraining.epochs, "batch_size": retraining.batch_size, "lr": retraining.lr,
+        "seed": seed,
     }  # fmt: skip
-    return sparse_network(network, "sparsify", options, module, masks, {"rounds_run": records})
+    found = {"rounds_run": records, **(report or {})}
+    return sparse_network(network, step, options, module, masks, found)
 
 
 def check_sparsity(sparsity: float) -> None:

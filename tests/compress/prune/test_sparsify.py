@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_layers_that_are_nearly_empty_pass_their_share_on() -> None:
 
 def test_mean_gradients_are_those_of_the_mean_loss(trained: nn.Module, task: Any) -> None:
     found = mean_gradients(trained, ["1.weight"], task, seed=3, samples=64, batch_size=32)
-    batches = [b for b, _ in zip(task.batches("train", batch_size=32, seed=3), range(2))]
+    batches = list(itertools.islice(task.batches("train", batch_size=32, seed=3), 2))
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     loss = nn.functional.cross_entropy(trained(images), labels)
     (expected,) = torch.autograd.grad(loss, [trained.get_parameter("1.weight")])
