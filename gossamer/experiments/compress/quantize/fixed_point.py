@@ -293,24 +293,25 @@ def full(seeds: Sequence[int], *, images: Path = Path("data/cifar10")) -> Iterab
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draws test accuracy against the bytes of the packed file, one point a seed."""
+    """Draws test accuracy against the bytes of the packed file, mean over seeds with the range."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name in dict.fromkeys(row["contender"] for row in result.rows):
+    names = dict.fromkeys(row["contender"] for row in result.rows)
+    for marker, name in zip("o^vsDPX*<>pdh", names, strict=False):
         chosen = [row for row in result.rows if row["contender"] == name]
-        axes.plot(
-            [row["file_bytes"] for row in chosen], [row["accuracy"] for row in chosen],
-            "o", alpha=0.8, label=name,
-        )  # fmt: skip
+        scores = [row["accuracy"] for row in chosen]
+        size, score = (sum(v) / len(chosen) for v in ([r["file_bytes"] for r in chosen], scores))
+        spread = [[score - min(scores)], [max(scores) - score]]
+        axes.errorbar(size, score, yerr=spread, marker=marker, capsize=3, ls="none", label=name)
     axes.set_xscale("log")
     axes.set_xlabel("bytes of the packed file")
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=120, format="png")
 
 
