@@ -38,7 +38,7 @@ from gossamer.core.export import write_onnx
 from gossamer.core.fit import Log, Supervised, fit
 from gossamer.core.graph import Graph, GraphNetwork, level_of, op_name
 from gossamer.core.network import Network
-from gossamer.core.task import Batch, Task, device_of
+from gossamer.core.task import Batch, Task, device_of, to_device
 from gossamer.parts.binary_kernels import BinaryTensor
 from gossamer.parts.packed import PackedNetwork
 from gossamer.parts.straight_through import straight_through
@@ -632,7 +632,7 @@ def binarized(
     keep: Collection[str] = KEPT,
     skip: Collection[str] = (),
     pad_with: Literal[0, 1] = 0,
-    centre: Tensor | None = None,
+    centre: Sequence[Tensor] | None = None,
     seed: int = 0,
 ) -> GraphNetwork:
     """A copy of a network whose layers are binary ones, to be trained.
@@ -683,7 +683,9 @@ def _traced(network: nn.Module, example_inputs: Sequence[Tensor]) -> Graph:
     return graph
 
 
-def _input_means(graph: Graph, layers: Sequence[Site], inputs: Tensor) -> dict[str, Tensor]:
+def _input_means(
+    graph: Graph, layers: Sequence[Site], inputs: Sequence[Tensor]
+) -> dict[str, Tensor]:
     """Minus the mean of each channel of each layer's input, by node."""
     wanted = {site.node.name for site in layers}
     means: dict[str, Tensor] = {}
@@ -698,7 +700,7 @@ def _input_means(graph: Graph, layers: Sequence[Site], inputs: Tensor) -> dict[s
 
     network = graph.network().eval()
     with torch.no_grad():
-        Listening(network.program).run(inputs.to(device_of(network)), False)
+        Listening(network.program).run(*to_device(tuple(inputs), device_of(network)), False)
     return means
 
 
@@ -913,7 +915,7 @@ def binarize(
     centring = None
     if centre:
         batch = next(iter(task.batches("train", batch_size=max(batch_size, 128), seed=seed)))
-        (centring, *_) = task.inputs(batch)
+        centring = task.inputs(batch)
     student = binarized(
         network.module, network.example_inputs, algorithm=algorithm, keep=keep, skip=skip,
         centre=centring, seed=seed,
