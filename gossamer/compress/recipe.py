@@ -35,6 +35,7 @@ from gossamer.core.task import Task, seed_of
 STEPS: dict[str, str] = {
     "prune": "gossamer.compress.prune.magnitude:prune",
     "sparsify": "gossamer.compress.prune.sparsify:sparsify",
+    "activating-pruning": "gossamer.compress.prune.activation:activating_pruning",
     "rate-distortion": "gossamer.compress.prune.rate_distortion:rate_distortion",
     "otov3": "gossamer.compress.prune.half_space:otov3",
     "low-rank": "gossamer.compress.low_rank:low_rank",
