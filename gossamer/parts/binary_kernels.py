@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Self
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor, fx
@@ -52,16 +53,40 @@ def _count_bits(typing_context: Any, word: Any) -> Any:
 _popcount: Any = intrinsic(_count_bits)
 
 
+def _compare_word(typing_context: Any, x: Any, least: Any, start: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = context.get_value_type(x.dtype)
+        vector = ir.VectorType(number, WORD)
+
+        def load(kind: Any, array: Any) -> Any:
+            data = context.make_array(kind)(context, builder, array).data
+            place = builder.gep(data, [arguments[2]])
+            place = builder.bitcast(place, vector.as_pointer())
+            return builder.load(place, align=x.dtype.bitwidth // 8)
+
+        reached = builder.fcmp_ordered(">=", load(x, arguments[0]), load(least, arguments[1]))
+        return builder.bitcast(reached, ir.IntType(WORD))
+
+    return types.uint64(x, least, types.intp), generate
+
+
+_reached: Any = intrinsic(_compare_word)
+"""``_reached(x, least, start)``: 64 comparisons of contiguous arrays of one type as one word. A
+loop over single bits costs more than twice as much."""
+
+
 @numba.njit(nogil=True)
 def _pack_rows(x: np.ndarray, thresholds: np.ndarray, flips: np.ndarray, words: np.ndarray) -> None:
     """Packs where rows ``[m, k]`` reach their thresholds, into words ``[m, ceil(k / 64)]``."""
+    whole = x.shape[1] // 64
     for m in range(x.shape[0]):
-        for w in range(words.shape[1]):
-            part = x[m, w * 64 : min(x.shape[1], w * 64 + 64)]
-            least = thresholds[w * 64 : w * 64 + part.size]
+        row = x[m]
+        for w in range(whole):
+            words[m, w] = _reached(row, thresholds, w * 64) ^ flips[w]
+        for w in range(whole, words.shape[1]):
             word = np.uint64(0)
-            for k in range(part.size):
-                word |= np.uint64(part[k] >= least[k]) << np.uint64(k)
+            for k in range(w * 64, x.shape[1]):
+                word |= np.uint64(row[k] >= thresholds[k]) << np.uint64(k - w * 64)
             words[m, w] = word ^ flips[w]
 
 
@@ -208,7 +233,7 @@ def pack_signs(x: Tensor) -> np.ndarray:
     """
     rows = _array(x.reshape(-1, x.shape[-1]))
     words = np.empty((len(rows), -(-rows.shape[1] // WORD)), np.uint64)
-    zeros = np.zeros(rows.shape[1], np.float32), np.zeros(words.shape[1], np.uint64)
+    zeros = np.zeros(rows.shape[1], rows.dtype), np.zeros(words.shape[1], np.uint64)
     _pack_rows(rows, *zeros, words)
     return words
 
@@ -325,21 +350,19 @@ class BinaryKernel(Kernel):
         groups = node.args[5] if len(node.args) > 5 else 1
         return groups if isinstance(groups, int) else 1
 
-    def _binarizing(self, groups: int) -> tuple[np.ndarray, np.ndarray]:
-        """Thresholds ``[groups, inputs]`` and flips ``[groups, words]``."""
+    def _binarizing(self, groups: int, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """Thresholds ``[groups, inputs]`` of the type of the input; flips ``[groups, words]``."""
         if self.thresholds is None or self.flips is None:
             words = -(-self.inputs // WORD)
-            return (
-                np.zeros((groups, self.inputs), np.float32), np.zeros((groups, words), np.uint64)
-            )  # fmt: skip
-        return self.thresholds.reshape(groups, self.inputs), self.flips
+            return np.zeros((groups, self.inputs), kind), np.zeros((groups, words), np.uint64)
+        return self.thresholds.reshape(groups, self.inputs).astype(kind, copy=False), self.flips
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.shape[-1] != self.inputs:
             raise InputError(f"the layer takes {self.inputs} values, not {x.shape[-1]}")
         rows = _array(x.reshape(-1, self.inputs))
         out = np.empty((len(rows), self.outputs), np.float32)
-        thresholds, flips = self._binarizing(1)
+        thresholds, flips = self._binarizing(1, rows.dtype)
 
         def work(low: int, high: int) -> None:
             words = np.empty((high - low, len(self.words)), np.uint64)
@@ -373,8 +396,8 @@ class BinaryKernel(Kernel):
         geometry = (*self.side, *stride, *padding, *dilation)
         sizes = (height, width, out_height, out_width)
         positions, corrections = self._corrections(sizes, geometry, groups)
-        thresholds, flips = self._binarizing(groups)
         images = _array(x).reshape(batch, groups, self.inputs, height * width)
+        thresholds, flips = self._binarizing(groups, images.dtype)
         weights = self.words.reshape(groups, self.outputs // groups, -1)
         out = np.empty((batch, groups, self.outputs // groups, out_height * out_width), np.float32)
 

@@ -146,6 +146,10 @@ class Operator(nn.Module):
         """The signs of the weights and what multiplies the result, a number an output channel."""
         return signed(w, clipped_slope(w)), None
 
+    def spatial(self) -> tuple[Tensor, Tensor] | None:
+        """What multiplies the rows and the columns of a convolution's result, or None."""
+        return None
+
     def set_progress(self, epoch: int, epochs: int) -> None:
         """Told at the start of each epoch (from 0)."""
 
@@ -231,10 +235,10 @@ class XnorPlusPlus(Operator):
             self.column = nn.Parameter(torch.ones(output_size[1]))
 
     def weights(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
-        signs, _ = super().weights(w)
-        if not self.convolution:
-            return signs, self.channel
-        return signs, self.channel[:, None, None] * self.row[:, None] * self.column
+        return super().weights(w)[0], self.channel
+
+    def spatial(self) -> tuple[Tensor, Tensor] | None:
+        return (self.row, self.column) if self.convolution else None
 
 
 class ReAct(BiReal):
@@ -430,7 +434,7 @@ class BinaryLayer(nn.Module):
         y = self.geometry.product(operator.activations(x), weights)
         if operator.scales_input:
             y = y * magnitude(x, operator.convolution)
-        return _finish(y, scale, self.bias)
+        return _finish(y, scale, operator.spatial(), self.bias)
 
     def deployed(self) -> DeployedLayer:
         """The layer as it is after training: signs, one scale and one offset."""
@@ -443,6 +447,7 @@ class BinaryLayer(nn.Module):
             signs,
             shift=self.shift,
             scale=scale,
+            spatial=self.operator.spatial(),
             offset=self.bias,
             scales_input=self.operator.scales_input,
             geometry=self.geometry,
@@ -471,13 +476,22 @@ class _Geometry:
 
 
 def _channels(values: Tensor, convolution: bool) -> Tensor:
-    return values.view(-1, 1, 1) if convolution and values.ndim == 1 else values
+    return values.view(-1, 1, 1) if convolution else values
 
 
-def _finish(y: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+def _finish(
+    y: Tensor,
+    scale: Tensor | None,
+    spatial: tuple[Tensor, Tensor] | None,
+    offset: Tensor | None,
+) -> Tensor:
+    convolution = y.ndim == 4
     if scale is not None:
-        y = y * _channels(scale, y.ndim == 4)
-    return y if offset is None else y + _channels(offset, y.ndim == 4)
+        y = y * _channels(scale, convolution)
+    if spatial is not None:
+        rows, columns = spatial
+        y = y * (rows.view(-1, 1) * columns)
+    return y if offset is None else y + _channels(offset, convolution)
 
 
 class DeployedLayer(nn.Module):
@@ -486,7 +500,8 @@ class DeployedLayer(nn.Module):
     Args:
         signs: -1 and +1, shaped as the weights.
         shift: added to the input, ``[inputs]``, or None.
-        scale: multiplies the product, ``[outputs]`` or ``[outputs, height, width]``, or None.
+        scale: multiplies the product, ``[outputs]``, or None.
+        spatial: multiply its rows, ``[height]``, and columns, ``[width]``, or None.
         offset: added last, ``[outputs]``, or None.
         scales_input: also multiply by the mean magnitude of the input.
         geometry: of a convolution.
@@ -498,6 +513,7 @@ class DeployedLayer(nn.Module):
         *,
         shift: Tensor | None,
         scale: Tensor | None,
+        spatial: tuple[Tensor, Tensor] | None,
         offset: Tensor | None,
         scales_input: bool,
         geometry: _Geometry,
@@ -509,6 +525,7 @@ class DeployedLayer(nn.Module):
 
         self.weight = nn.Parameter(signs.detach().clone(), requires_grad=False)
         self.shift, self.scale, self.offset = held(shift), held(scale), held(offset)
+        self.rows, self.columns = (held(v) for v in spatial or (None, None))
         self.scales_input = scales_input
         self.geometry = geometry
 
@@ -519,18 +536,16 @@ class DeployedLayer(nn.Module):
         y = self.geometry.product(sign_of(x), self.weight)
         if self.scales_input:
             y = y * x.abs().mean((1, 2, 3) if convolution else -1, keepdim=True)
-        return _finish(y, self.scale, self.offset)
+        spatial = None
+        if self.rows is not None and self.columns is not None:
+            spatial = (self.rows, self.columns)
+        return _finish(y, self.scale, spatial, self.offset)
 
     def absorb(self, factor: Tensor, offset: Tensor) -> None:
         """Takes in an affine function per channel that follows (a batch normalisation)."""
-        convolution = self.weight.ndim == 4
         old = torch.zeros_like(offset) if self.offset is None else self.offset.detach()
         self.offset = nn.Parameter(old * factor + offset)
-        if self.scale is None:
-            self.scale = nn.Parameter(factor.clone())
-        else:
-            wide = self.scale.ndim > 1
-            self.scale = nn.Parameter(self.scale.detach() * _channels(factor, convolution and wide))
+        self.scale = nn.Parameter(factor if self.scale is None else self.scale.detach() * factor)
 
 
 # Networks
