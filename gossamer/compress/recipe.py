@@ -36,6 +36,7 @@ STEPS: dict[str, str] = {
     "prune": "gossamer.compress.prune.magnitude:prune",
     "sparsify": "gossamer.compress.prune.sparsify:sparsify",
     "activating-pruning": "gossamer.compress.prune.activation:activating_pruning",
+    "adaptive-pruning": "gossamer.compress.prune.pq_index:adaptive_pruning",
     "rate-distortion": "gossamer.compress.prune.rate_distortion:rate_distortion",
     "otov3": "gossamer.compress.prune.half_space:otov3",
     "low-rank": "gossamer.compress.low_rank:low_rank",
@@ -48,6 +49,7 @@ STEPS: dict[str, str] = {
     ),
     "post-mortem": "gossamer.compress.quantize.distilled:post_mortem",
     "fixed-point": "gossamer.compress.quantize.fixed_point:fixed_point",
+    "codebook": "gossamer.compress.quantize.codebooks:codebook",
     "binarize": "gossamer.compress.quantize.binary:binarize",
     "int8": "gossamer.compress.quantize.post_training:int8",
 }
