@@ -147,9 +147,12 @@ def _product(a: np.ndarray, b: np.ndarray, length: int, out: np.ndarray) -> None
                     first[j] += _popcount(a0 ^ b0[j])
                     second[j] += _popcount(c0 ^ b0[j])
                 k += 1
+            # A view for each row: only then does LLVM know that the results lie side by side.
+            upper, lower = out[i, start : start + count], out[pair, start : start + count]
             for j in range(count):
-                out[i, start + j] = np.float32(length - 2 * np.int64(first[j]))
-                out[pair, start + j] = np.float32(length - 2 * np.int64(second[j]))
+                upper[j] = np.float32(length - 2 * np.int64(first[j]))
+            for j in range(count):
+                lower[j] = np.float32(length - 2 * np.int64(second[j]))
 
 
 @numba.njit(nogil=True)
@@ -361,7 +364,8 @@ class BinaryKernel(Kernel):
         if x.shape[-1] != self.inputs:
             raise InputError(f"the layer takes {self.inputs} values, not {x.shape[-1]}")
         rows = _array(x.reshape(-1, self.inputs))
-        out = np.empty((len(rows), self.outputs), np.float32)
+        y = torch.empty(*x.shape[:-1], self.outputs)
+        out = y.numpy().reshape(len(rows), self.outputs)
         thresholds, flips = self._binarizing(1, rows.dtype)
 
         def work(low: int, high: int) -> None:
@@ -370,7 +374,7 @@ class BinaryKernel(Kernel):
             _product(words, self.words, self.length, out[low:high])
 
         _share(work, len(rows))
-        y = torch.from_numpy(out).view(*x.shape[:-1], self.outputs).to(_result_type(x))
+        y = y.to(_result_type(x))
         return y if bias is None else y + bias
 
     def conv2d(
@@ -399,7 +403,8 @@ class BinaryKernel(Kernel):
         images = _array(x).reshape(batch, groups, self.inputs, height * width)
         thresholds, flips = self._binarizing(groups, images.dtype)
         weights = self.words.reshape(groups, self.outputs // groups, -1)
-        out = np.empty((batch, groups, self.outputs // groups, out_height * out_width), np.float32)
+        y = torch.empty(batch, self.outputs, out_height, out_width)
+        out = y.numpy().reshape(batch, groups, self.outputs // groups, out_height * out_width)
 
         def work(low: int, high: int) -> None:
             _convolve(
@@ -417,7 +422,6 @@ class BinaryKernel(Kernel):
             _share(work, batch)
         else:
             _share(work_on_channels, self.outputs // groups)
-        y = torch.from_numpy(out).view(batch, self.outputs, out_height, out_width)
         y = y.to(_result_type(x))
         return y if bias is None else y + bias[:, None, None]
 
