@@ -36,6 +36,8 @@ STEPS: dict[str, str] = {
     "prune": "gossamer.compress.prune.magnitude:prune",
     "sparsify": "gossamer.compress.prune.sparsify:sparsify",
     "activating-pruning": "gossamer.compress.prune.activation:activating_pruning",
+    "bip": "gossamer.compress.prune.bilevel:bip",
+    "hydra": "gossamer.compress.prune.bilevel:hydra",
     "adaptive-pruning": "gossamer.compress.prune.pq_index:adaptive_pruning",
     "rate-distortion": "gossamer.compress.prune.rate_distortion:rate_distortion",
     "otov3": "gossamer.compress.prune.half_space:otov3",

@@ -430,11 +430,13 @@ def _joined(
         return
 
     def endless(name: str) -> Iterator[Batch]:
+        # An order of its own: the same task under two names gives two independent shuffles.
+        own = seed_of("task", name, seed)
         steps = tasks[name].steps_per_epoch(split, sizes[name])
         at = epoch * tasks[names[0]].steps_per_epoch(split, sizes[names[0]]) + start
         while True:
             yield from tasks[name].batches(
-                split, batch_size=sizes[name], seed=seed, epoch=at // steps, start=at % steps
+                split, batch_size=sizes[name], seed=own, epoch=at // steps, start=at % steps
             )
             at = (at // steps + 1) * steps
 
