@@ -35,7 +35,7 @@ from gossamer.core.graph import Graph, GraphNetwork, level_of, op_name
 from gossamer.core.label_rules import argument
 from gossamer.core.network import Network
 from gossamer.core.task import Batch, Task, device_of, logits_of, seed_of, to_device
-from gossamer.parts.batchnorm import recalibrate_batchnorm
+from gossamer.parts.batchnorm import recalibrate_on
 
 TINY = 1e-24  # below this a sum of squares counts as 0; its square root has no gradient there
 
@@ -602,19 +602,6 @@ def _layer_of(node: fx.Node, holder: nn.Module) -> nn.Linear | nn.Conv2d:
     return layer
 
 
-def recalibrate(network: nn.Module, task: Task, *, batch_size: int = 128) -> int:
-    """Batch-norm statistics over the training split; returns the batches used.
-
-    Statistics gathered while layers were truncated are those of other networks.
-    """
-    whole = max(1, task.size("train") // batch_size)
-    batches = task.batches("train", batch_size=batch_size, shuffle=False)
-    # The smaller rest would count as much as a whole batch.
-    return recalibrate_batchnorm(
-        network, (task.inputs(batch) for _, batch in zip(range(whole), batches, strict=False))
-    )
-
-
 # Training
 
 
@@ -758,7 +745,7 @@ class LowRankTraining(Rule):
         self.history.append(list(self.decomposed.ranks().values()))
 
     def finish(self) -> None:
-        recalibrate(self.network, self.task)
+        recalibrate_on(self.network, self.task)
 
     def extra_state(self) -> dict[str, Any]:
         return {
@@ -1128,7 +1115,7 @@ def _cut(
         if cost() > limit:
             decomposed.set_ranks(decomposed.ranks_within(limit, cost, order=order))
     small = decomposed.export()
-    recalibrate(small, task)
+    recalibrate_on(small, task)
     return small.eval()
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import InputError
-from gossamer.core.task import device_of, to_device
+from gossamer.core.task import Task, device_of, to_device
 
 
 def recalibrate_batchnorm(network: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> int:
@@ -69,3 +69,25 @@ def recalibrate_batchnorm(network: nn.Module, inputs: Iterable[tuple[Any, ...]])
     if count == 0:
         raise InputError("there are no batches to compute batch-norm statistics from")
     return count
+
+
+def recalibrate_on(network: nn.Module, task: Task, *, batch_size: int = 128, seed: int = 0) -> int:
+    """:func:`recalibrate_batchnorm` over one epoch of the training split.
+
+    The batches are those of training, shuffled and augmented: the weights were fitted to their
+    statistics.
+
+    Args:
+        network: its batch-norm buffers change.
+        task: its training split is used.
+        batch_size: samples a batch; a smaller rest is left out, since it would count as much.
+        seed: of order and augmentation.
+
+    Returns:
+        How many batches were used.
+    """
+    whole = max(1, task.size("train") // batch_size)
+    batches = task.batches("train", batch_size=batch_size, seed=seed)
+    return recalibrate_batchnorm(
+        network, (task.inputs(batch) for _, batch in zip(range(whole), batches, strict=False))
+    )

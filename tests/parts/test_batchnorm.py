@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from gossamer.core.errors import InputError
-from gossamer.parts.batchnorm import recalibrate_batchnorm
+from gossamer.datasets.digits import digits
+from gossamer.parts.batchnorm import recalibrate_batchnorm, recalibrate_on
 
 
 def test_statistics_are_the_averages_over_batches():
@@ -26,3 +27,12 @@ def test_without_batches_nothing_changes():
         recalibrate_batchnorm(network, [])
     assert network[0].running_mean.tolist() == [3, 3]
     assert recalibrate_batchnorm(nn.Linear(2, 2), []) == 0
+
+
+def test_statistics_of_training_batches():
+    task = digits(limit=200)
+    network = nn.Sequential(nn.BatchNorm2d(1))
+    assert recalibrate_on(network, task, batch_size=64, seed=3) == 3
+    batches = [b[0] for b in task.batches("train", batch_size=64, seed=3)]
+    means = torch.stack([x.mean((0, 2, 3)) for x in batches[:3]])
+    torch.testing.assert_close(network[0].running_mean, means.mean(0))

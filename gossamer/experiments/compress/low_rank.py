@@ -30,7 +30,6 @@ from gossamer.compress.low_rank import (
     Sampler,
     decompose,
     published_sgd,
-    recalibrate,
     two_drops,
 )
 from gossamer.compress.prune.magnitude import prune
@@ -43,6 +42,7 @@ from gossamer.datasets.cifar import cifar10
 from gossamer.datasets.digits import digits
 from gossamer.models.plain import mlp
 from gossamer.models.resnet import SmallResNet
+from gossamer.parts.batchnorm import recalibrate_on
 from gossamer.parts.masks import Masks
 
 log = logging.getLogger(__name__)
@@ -369,7 +369,7 @@ class _Contest:
             ranks = network.ranks_within(limit, network.parameters_at, order=order)
         network.set_ranks(ranks)
         small = network.export()
-        recalibrate(small, self.task)
+        recalibrate_on(small, self.task)
         return small
 
     def as_decomposed(self, trial: Trial) -> Trial:
