@@ -161,6 +161,123 @@ def shrink(
     _show_report(result.report, out)
 
 
+@app.command
+def compare(
+    model: str | None = None,
+    *,
+    recipes: Annotated[list[Path], Parameter(consume_multiple=True)],
+    data: Annotated[str | None, Parameter(name=("--data", "--task"))] = None,
+    out: Path = Path("compared"),
+    weights: Path | None = None,
+    seeds: Annotated[list[int], Parameter(consume_multiple=True)] = [0, 1, 2],  # noqa: B006
+    epochs: int = 30,
+    image_size: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    threads: int = 1,
+    json_: Json = False,
+) -> None:
+    """Apply several recipes to one network, and show which none of the others beats.
+
+    Example: gossamer compare resnet18 --recipes a.yaml b.yaml --data photos/ --weights w.safetensors
+
+    Without MODEL and --data: a residual network and real handwritten digits, both embedded.
+
+    Parameters
+    ----------
+    model
+        A timm name, torchvision:NAME, package.module:factory, or a folder written by gossamer.
+    recipes
+        YAML files of steps; each is shown under its file's name.
+    data
+        "digits", or a folder: images with a subfolder for each class, MNIST, CIFAR-10, Parquet.
+    out
+        Folder for the results; an interrupted run with the same folder goes on.
+    weights
+        A safetensors file or a state dict. Without it the network is trained first.
+    seeds
+        Each recipe is applied with each of them; intervals are over them.
+    epochs
+        Of training a network that has no weights.
+    image_size
+        Side in pixels. Default: the data's own, or the network's.
+    limit
+        At most this many training images.
+    batch_size
+        Of the timed call.
+    threads
+        Of the runtimes.
+    json_
+        Print the result as JSON.
+    """
+    from gossamer.compress.compare import compare as run
+    from gossamer.compress.recipe import Recipe
+
+    if model is None and data is None:
+        model, data = "gossamer_digits_resnet", "digits"
+    if model is None or data is None:
+        raise InputError(
+            f"{'--data' if data is None else 'MODEL'} is missing; give both a MODEL and --data, or "
+            "neither for the embedded example"
+        )
+    read = {}
+    for path in recipes:
+        if path.stem in read:
+            raise InputError(f"two recipes are called {path.stem}; rename one of the files")
+        read[path.stem] = Recipe.read(path)
+    task = _task(data, model, image_size=image_size, seed=0, limit=limit)
+    network, trained, origin = _network(model, task, weights, seed=0)
+    result = run(
+        network, task, read, out=out, seeds=seeds, trained=trained, epochs=epochs,
+        batch_size=batch_size, threads=threads, origin=origin,
+    )  # fmt: skip
+    if json_:
+        _print_json(result)
+        return
+    _show_comparison(result, out)
+
+
+def _show_comparison(result: dict[str, Any], out: Path) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{result['task']['name']}: {len(result['recipes'])} recipes")
+    for column in (
+        "", result["task"]["metric"], "validation", "deployed bytes", "MACs", "zeros skipped",
+        f"ms a batch of {result['batch']}", "speed", "runs in",
+    ):  # fmt: skip
+        table.add_column(column, justify="left" if column in ("", "runs in") else "right")
+    dense = result["dense"]
+    table.add_row(
+        "dense", f"{dense['score']:.2f}", f"{dense['validation_score']:.2f}",
+        f"{dense['deployed_bytes']:,}", f"{dense['macs']:,}", f"{dense['macs_effective']:,}",
+        f"{dense['latency']:.3f}", "", "onnxruntime",
+    )  # fmt: skip
+    for name, record in result["recipes"].items():
+        if record["failed"] is not None:
+            table.add_row(name, f"failed: {record['failed']}")
+            continue
+        means = record["means"]
+
+        def shown(key: str, form: str, means: Any = means) -> str:
+            mean, half = means[key]
+            return form.format(mean) + (f" ± {form.format(half)}" if half else "")
+
+        low, middle, high = record["speedup"][1], record["speedup"][0], record["speedup"][2]
+        table.add_row(
+            ("* " if record["on_front"] else "  ") + name, shown("score", "{:.2f}"),
+            shown("validation_score", "{:.2f}"), shown("deployed_bytes", "{:,.0f}"),
+            shown("macs", "{:,.0f}"), shown("macs_effective", "{:,.0f}"),
+            f"{record['latency']:.3f}", f"{middle:.2f}x ({low:.2f}-{high:.2f})", record["runtime"],
+        )  # fmt: skip
+    console = _out()
+    console.print(table)
+    console.print(
+        "* on the front: no other recipe is better in validation score, deployed bytes, latency "
+        "and MACs together"
+    )
+    console.print(f"written to {out}: compare.json, compare.png", style="bold")
+
+
 def _task(data: str, model: str, *, image_size: int | None, seed: int, limit: int | None) -> Task:
     """The data, at the size and with the channels the network is made for."""
     from gossamer.datasets import open_task

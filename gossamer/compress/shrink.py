@@ -131,7 +131,7 @@ def shrink(
         )
     if not trained and epochs < 1:
         raise InputError(f"--epochs must be at least 1, not {epochs}")
-    _refuse_unusable(model)
+    refuse_unusable(model)
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as place:
         folder = Path(place)
         with exclusive(folder), _no_empty_folder(folder):
@@ -164,7 +164,8 @@ def _no_empty_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def _refuse_unusable(model: nn.Module) -> None:
+def refuse_unusable(model: nn.Module) -> None:
+    """Refuses weights that are no numbers."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"the weights hold NaN or infinity in {name}; mend or retrain them")
@@ -194,7 +195,7 @@ class _Job:
         work = Workspace(
             self.folder,
             {
-                "model": _fingerprint(self.model, self.origin, self.trained),
+                "model": fingerprint_of(self.model, self.origin, self.trained),
                 "data": self.task.fingerprint(),
                 "budget": self.budget.to_json(),
                 "recipe": self.recipe.to_json() if self.recipe else "auto",
@@ -203,7 +204,10 @@ class _Job:
             },
         )
         began = time.monotonic()
-        dense = self._dense(work)
+        dense = dense_network(
+            work, self.model, self.task, origin=self.origin, trained=self.trained,
+            epochs=self.epochs, seed=self.seed, cpu=self.cpu,
+        )  # fmt: skip
         trials: list[dict[str, Any]] = []
         recipe = self.recipe
         if recipe is None:
@@ -219,27 +223,6 @@ class _Job:
             ).run()
         small = work.apply(recipe, dense, self.task, seed=self.seed, cpu=self.cpu)
         return small, self._publish(work, dense, small, recipe, trials, began)
-
-    def _dense(self, work: Workspace) -> Network:
-        """The network to shrink, trained now if it was not."""
-        network = Network(self.model, self.task.example_inputs, origin=self.origin)
-        if self.trained:
-            return network
-        place = work.path("dense.safetensors")
-        if not place.exists():
-            log.info("the network has no weights; it is trained for %d epochs first", self.epochs)
-            rule = Supervised(
-                self.model, self.task, optimizer=_optimizer(self.model), schedule=warm_cosine(0.1)
-            )
-            state = work.path("dense.state")
-            fit(
-                rule, self.task, epochs=self.epochs, seed=self.seed, checkpoint=state,
-                cpu=self.cpu, title="training the dense network",
-            )  # fmt: skip
-            save_state(place, self.model.cpu().state_dict())
-            state.unlink(missing_ok=True)
-        self.model.load_state_dict(load_state(place))
-        return network
 
     def _publish(
         self,
@@ -405,6 +388,47 @@ class _Job:
         return {name: self.task.class_scores(OnnxRunner(f), split) for name, f in files.items()}
 
 
+def dense_network(
+    work: Workspace,
+    model: nn.Module,
+    task: Task,
+    *,
+    origin: Mapping[str, Any],
+    trained: bool,
+    epochs: int,
+    seed: int,
+    cpu: bool,
+) -> Network:
+    """The network to start from; trained now, in place, if it was not.
+
+    Args:
+        work: where its weights are kept once it is trained.
+        model: the network.
+        task: its data.
+        origin: what the model was made from.
+        trained: whether its weights are trained.
+        epochs: of training it.
+        seed: of training it.
+        cpu: stay on the CPU although there is a GPU.
+    """
+    network = Network(model, task.example_inputs, origin=origin)
+    if trained:
+        return network
+    place = work.path("dense.safetensors")
+    if not place.exists():
+        log.info("the network has no weights; it is trained for %d epochs first", epochs)
+        rule = Supervised(model, task, optimizer=_optimizer(model), schedule=warm_cosine(0.1))
+        state = work.path("dense.state")
+        fit(
+            rule, task, epochs=epochs, seed=seed, checkpoint=state, cpu=cpu,
+            title="training the dense network",
+        )  # fmt: skip
+        save_state(place, model.cpu().state_dict())
+        state.unlink(missing_ok=True)
+    model.load_state_dict(load_state(place))
+    return network
+
+
 def _agreement(task: Task, module: nn.Module, runner: OnnxRunner | nn.Module) -> float:
     """Share of the validation split on which two networks decide the same."""
     same = total = 0
@@ -461,7 +485,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
 
 
-def _fingerprint(model: nn.Module, origin: Mapping[str, Any], trained: bool) -> str:
+def fingerprint_of(model: nn.Module, origin: Mapping[str, Any], trained: bool) -> str:
     """Changes with the model's name and, if it is trained, with any weight."""
     digest = hashlib.blake2b(repr(sorted(origin.items())).encode(), digest_size=8)
     for name, tensor in model.state_dict().items():
