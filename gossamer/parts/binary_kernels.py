@@ -97,7 +97,8 @@ def _pack_planes(
     """Packs channels ``[c, pixels]`` into words along the channels, ``[ceil(c / 64), pixels]``."""
     for w in range(words.shape[0]):
         plane = words[w]
-        plane[:] = flips[w]
+        for p in range(plane.size):
+            plane[p] = flips[w]
         for c in range(w * 64, min(x.shape[0], w * 64 + 64)):
             bit = np.uint64(c - w * 64)
             channel, least = x[c], thresholds[c]
@@ -177,14 +178,18 @@ def _columns(
                 for oy in range(out_height):
                     y = oy * stride_y + ky * step_y - pad_y
                     part = row[oy * out_width : (oy + 1) * out_width]
-                    if y < 0 or y >= height:
-                        part[:] = 0
+                    inside = 0 <= y < height
+                    first, last = (low, high) if inside else (out_width, out_width)
+                    for ox in range(first):
+                        part[ox] = 0
+                    for ox in range(last, out_width):
+                        part[ox] = 0
+                    if not inside:
                         continue
-                    part[:low] = 0
-                    part[high:] = 0
                     source = words[w, y * width : (y + 1) * width]
                     if stride_x == 1:
-                        part[low:high] = source[low + offset : high + offset]
+                        for ox in range(low, high):
+                            part[ox] = source[ox + offset]
                     else:
                         for ox in range(low, high):
                             part[ox] = source[ox * stride_x + offset]
@@ -210,8 +215,7 @@ def _convolve(
     """
     channels, pixels = x.shape[2], x.shape[3]
     planes = np.empty(((channels + 63) // 64, pixels), np.uint64)
-    columns = np.empty((weights.shape[2], (out.shape[3] + 7) // 8 * 8), np.uint64)
-    columns[:, out.shape[3] :] = 0
+    columns = np.zeros((weights.shape[2], (out.shape[3] + 7) // 8 * 8), np.uint64)
     for b in range(x.shape[0]):
         for g in range(x.shape[1]):
             _pack_planes(x[b, g], thresholds[g], flips[g], planes)
