@@ -179,7 +179,7 @@ def compare(
 ) -> None:
     """Apply several recipes to one network, and show which none of the others beats.
 
-    Example: gossamer compare resnet18 --recipes a.yaml b.yaml --data photos/ --weights w.safetensors
+    Example: gossamer compare resnet18 --recipes a.yaml b.yaml --data photos/ --weights w.st
 
     Without MODEL and --data: a residual network and real handwritten digits, both embedded.
 

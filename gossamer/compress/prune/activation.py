@@ -16,7 +16,7 @@ batch-norm scales are not pruned, and both contenders train once a round.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -192,7 +192,7 @@ def activating_pruning(
     rewind: Literal["start", "none"] = "start",
     ap_rounds: Literal["all", "last half"] = "all",
     sign: Literal["negative", "positive", "any"] = "negative",
-    skip: str = "",
+    skip: Collection[str] = (),
     epochs: int = 10,
     batch_size: int = 128,
     lr: float = 0.1,
@@ -217,7 +217,7 @@ def activating_pruning(
         ap_rounds: "last half" leaves the first half of the rounds to the criterion (AP-Lite; the
             paper does not say which rounds those are).
         sign: which weights the AP metric takes; anything but "negative" is a control.
-        skip: names of parameters or modules that stay dense, with commas between.
+        skip: names of parameters or modules that stay dense.
         epochs: of training in each round.
         batch_size: samples a batch.
         lr: learning rate at the start of each round; falls to 0 along half a cosine.
@@ -244,7 +244,7 @@ def activating_pruning(
         if name not in known:
             raise InputError(f"there is no {name}; there are {', '.join(known)}")
     module = copy.deepcopy(network.module).cpu()
-    masks = pruned_so_far(network, module, skip=[s.strip() for s in skip.split(",") if s.strip()])
+    masks = pruned_so_far(network, module, skip=skip)
     training = Retraining(epochs=epochs, batch_size=batch_size, lr=lr, cpu=cpu)
     training.train(
         module, task, masks, seed=seed_of("first", seed),
@@ -274,7 +274,7 @@ def activating_pruning(
     options = {
         "sparsity": sparsity, "rate": rate, "ap_rate": ap_rate, "criterion": criterion,
         "allocation": allocation, "rewind": rewind, "ap_rounds": ap_rounds, "sign": sign,
-        "skip": skip, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
+        "skip": list(skip), "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
     }  # fmt: skip
     return sparse_network(
         network, "activating-pruning", options, module, masks, {"rounds_run": records}

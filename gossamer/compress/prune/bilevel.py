@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -295,7 +295,7 @@ def bip(
     tie_scores: bool = False,
     least: int = 1,
     recalibrate: int = 512,
-    skip: str = "",
+    skip: Collection[str] = (),
     seed: int = 0,
     checkpoint: Path | None = None,
     cpu: bool = False,
@@ -317,7 +317,7 @@ def bip(
         tie_scores: scores and weights are one tensor, as in the authors' code.
         least: weights that each layer keeps at the least.
         recalibrate: training samples from which batch-norm statistics are computed at the end.
-        skip: names of parameters or modules that stay dense, with commas between.
+        skip: names of parameters or modules that stay dense.
         seed: of the data orders.
         checkpoint: file that holds the run's state.
         cpu: stay on the CPU although there is a GPU.
@@ -336,7 +336,7 @@ def bip(
         "sparsity": sparsity, "granularity": granularity, "epochs": epochs,
         "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "mask_lr": mask_lr,
         "lr2": lr2, "tie_scores": tie_scores, "least": least, "recalibrate": recalibrate,
-        "skip": skip, "seed": seed,
+        "skip": list(skip), "seed": seed,
     }  # fmt: skip
 
     def run(names: Sequence[str], select: Selection) -> dict[str, Tensor]:
@@ -371,7 +371,7 @@ def hydra(
     mask_lr: float = 0.1,
     least: int = 1,
     recalibrate: int = 512,
-    skip: str = "",
+    skip: Collection[str] = (),
     seed: int = 0,
     checkpoint: Path | None = None,
     cpu: bool = False,
@@ -390,7 +390,7 @@ def hydra(
         mask_lr: of the scores.
         least: weights that each layer keeps at the least.
         recalibrate: training samples from which batch-norm statistics are computed at the end.
-        skip: names of parameters or modules that stay dense, with commas between.
+        skip: names of parameters or modules that stay dense.
         seed: of the data order.
         checkpoint: file beside which both parts keep their state.
         cpu: stay on the CPU although there is a GPU.
@@ -405,7 +405,7 @@ def hydra(
     options = {
         "sparsity": sparsity, "granularity": granularity, "epochs": epochs,
         "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "mask_lr": mask_lr,
-        "least": least, "recalibrate": recalibrate, "skip": skip, "seed": seed,
+        "least": least, "recalibrate": recalibrate, "skip": list(skip), "seed": seed,
     }  # fmt: skip
 
     def run(names: Sequence[str], select: Selection) -> dict[str, Tensor]:
@@ -453,15 +453,13 @@ def _masked(
     sparsity: float,
     granularity: Granularity,
     least: int,
-    skip: str,
+    skip: Collection[str],
     recalibrate: int,
     seed: int,
 ) -> Network:
     """Learns masks by ``run`` and makes the network that they leave."""
     if granularity == "weight":
-        masks = pruned_so_far(
-            network, module, skip=[s.strip() for s in skip.split(",") if s.strip()]
-        )
+        masks = pruned_so_far(network, module, skip=skip)
         first = {name: module.get_parameter(name).detach().abs() for name in masks.kept}
         select = by_weight(sparsity, least=least)
         start = select(first)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -279,7 +279,7 @@ def adaptive_pruning(
     beta: float = 0.9,
     scope: Literal["global", "layer", "neuron"] = "global",
     rewind: Literal["start", "none"] = "start",
-    skip: str = "",
+    skip: Collection[str] = (),
     epochs: int = 20,
     batch_size: int = 128,
     lr: float = 0.1,
@@ -302,7 +302,7 @@ def adaptive_pruning(
         beta: largest share of a round.
         scope: what has an index of its own: all weights, each layer or each neuron.
         rewind: "start" sets survivors back to the weights that were given, "none" trains on.
-        skip: names of parameters or modules that stay dense, with commas between.
+        skip: names of parameters or modules that stay dense.
         epochs: of training in each round (and before the first).
         batch_size: samples a batch.
         lr: learning rate at the start of each round; falls to 0 along half a cosine.
@@ -328,7 +328,7 @@ def adaptive_pruning(
     count = adaptive(p=p, q=q, eta=eta, gamma=gamma, beta=beta)
     removable(0.0, 1, p=p, q=q, eta=eta, gamma=gamma, beta=beta)
     module = copy.deepcopy(network.module).cpu()
-    masks = pruned_so_far(network, module, skip=[s.strip() for s in skip.split(",") if s.strip()])
+    masks = pruned_so_far(network, module, skip=skip)
     training = Retraining(
         epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, clip=1.0, cpu=cpu
     )
@@ -370,7 +370,7 @@ def adaptive_pruning(
         )  # fmt: skip
     options = {
         "rounds": rounds, "sparsity": sparsity, "p": p, "q": q, "eta": eta, "gamma": gamma,
-        "beta": beta, "scope": scope, "rewind": rewind, "skip": skip, "epochs": epochs,
+        "beta": beta, "scope": scope, "rewind": rewind, "skip": list(skip), "epochs": epochs,
         "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "seed": seed,
     }  # fmt: skip
     report = {

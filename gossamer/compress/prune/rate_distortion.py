@@ -18,7 +18,7 @@ is zero throughout.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -257,7 +257,7 @@ def rate_distortion(
     constraint: Literal["weights", "macs"] = "weights",
     method: Literal["dp", "lagrange"] = "dp",
     cap: float = 0.99,
-    skip: str = "",
+    skip: Collection[str] = (),
     epochs: int = 10,
     batch_size: int = 128,
     lr: float = 0.02,
@@ -279,7 +279,7 @@ def rate_distortion(
         constraint: what is limited.
         method: "dp" or "lagrange".
         cap: largest share that one layer loses.
-        skip: names of parameters or modules that stay dense, with commas between.
+        skip: names of parameters or modules that stay dense.
         epochs: of training, over all rounds.
         batch_size: samples a batch.
         lr: learning rate at the start of each round.

@@ -36,7 +36,7 @@ def sparsify(
     schedule: str = "iterative",
     rounds: int = 5,
     rewind: Literal["none", "start"] = "none",
-    skip: str = "",
+    skip: Collection[str] = (),
     epochs: int = 10,
     batch_size: int = 128,
     lr: float = 0.02,
@@ -55,7 +55,7 @@ def sparsify(
         schedule: a name of :data:`~.schedule.SCHEDULES`: how much is gone after each round.
         rounds: of pruning and training.
         rewind: "start" sets the weights that stay back to what they were before this step.
-        skip: names of parameters or modules that stay dense, with commas between.
+        skip: names of parameters or modules that stay dense.
         epochs: of training, over all rounds.
         batch_size: samples a batch.
         lr: learning rate at the start of each round; falls to 0 along half a cosine.
@@ -109,7 +109,7 @@ def in_rounds(
     retraining: Retraining,
     schedule: str = "iterative",
     rewind: Mapping[str, Tensor] | None = None,
-    skip: str = "",
+    skip: Collection[str] = (),
     seed: int = 0,
     checkpoint: Path | None = None,
     report: Mapping[str, Any] | None = None,
@@ -127,7 +127,7 @@ def in_rounds(
         retraining: of all rounds together: its epochs are shared out.
         schedule: a name of :data:`~.schedule.SCHEDULES`.
         rewind: state that the weights that stay are set back to in each round.
-        skip: names of parameters or modules that stay dense, with commas between.
+        skip: names of parameters or modules that stay dense.
         seed: of the training.
         checkpoint: file beside which each round keeps its state.
         report: filled by ``choose`` on the way, for the record.
@@ -140,7 +140,7 @@ def in_rounds(
     if rounds < 1 or retraining.epochs < 0:
         raise InputError(f"{step} needs at least one round and no negative number of epochs")
     module = copy.deepcopy(network.module).cpu()
-    masks = pruned_so_far(network, module, skip=[s.strip() for s in skip.split(",") if s.strip()])
+    masks = pruned_so_far(network, module, skip=skip)
     gone = SCHEDULES[schedule](sparsity)
     records = []
     for number in range(rounds):
@@ -160,7 +160,7 @@ def in_rounds(
         )
         records[-1]["round"] = number + 1
     options = {
-        "sparsity": sparsity, **options, "schedule": schedule, "rounds": rounds, "skip": skip,
+        "sparsity": sparsity, **options, "schedule": schedule, "rounds": rounds, "skip": list(skip),
         "epochs": retraining.epochs, "batch_size": retraining.batch_size, "lr": retraining.lr,
         "seed": seed,
     }  # fmt: skip

@@ -201,7 +201,7 @@ def test_a_second_step_prunes_on_and_skipped_layers_stay_dense(
     for name in ("1.weight", "3.weight"):
         gone = first.module.get_parameter(name) == 0
         assert not bool(second.module.get_parameter(name)[gone].any())
-    spared = sparsify(network, task, sparsity=0.5, skip="3", rounds=1, epochs=0, cpu=True)
+    spared = sparsify(network, task, sparsity=0.5, skip=["3"], rounds=1, epochs=0, cpu=True)
     assert set(spared.storage) == {"1.weight"}
     assert bool((spared.module.get_parameter("3.weight") != 0).all())
 
@@ -249,4 +249,4 @@ def test_bad_input_is_one_sentence(trained: nn.Module, task: Any) -> None:
     with pytest.raises(InputError, match="there is no best"):
         sparsify(network, task, criterion="best")
     with pytest.raises(InputError, match="no part 'head'"):
-        sparsify(network, task, skip="head")
+        sparsify(network, task, skip=["head"])
