@@ -18,20 +18,18 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gossamer.compress.deploy import deploy, packed_runner
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.shrink import dense_network, fingerprint_of, refuse_unusable
-from gossamer.compress.workspace import PACKED, Workspace
+from gossamer.compress.workspace import Workspace
 from gossamer.core.errors import GossamerError, InputError
 from gossamer.core.experiment import about
-from gossamer.core.export import OnnxRunner, write_onnx
 from gossamer.core.files import exclusive, whole_file, write_json
 from gossamer.core.graph import Graph
 from gossamer.core.network import Network
-from gossamer.core.saved import GRAPH_FILE, load_network, save_network
 from gossamer.core.task import Task
 from gossamer.hardware.measure import compare as compare_timings
 from gossamer.hardware.measure import measure
-from gossamer.parts.packed import PackedNetwork
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +154,7 @@ def _measured(
     torch_times = {}
     if packed:
         contenders: dict[str, Any] = {"dense": copy.deepcopy(dense.module).eval()}
-        contenders |= {name: _packed_runner(where) for name, where in packed.items()}
+        contenders |= {name: packed_runner(where) for name, where in packed.items()}
         torch_timed = measure(
             contenders, inputs, batch_sizes=(batch,), threads=(threads,), runtimes=("torch",),
             rounds=rounds,
@@ -187,35 +185,19 @@ def _measured(
 
 def _counted(network: Network, task: Task, folder: Path, threads: int) -> dict[str, Any]:
     """Scores and sizes of a network, measured on its files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "model.onnx"
-    write_onnx(network, file)
-    runner: Any = OnnxRunner(file, threads=threads)
+    made = deploy(network, folder, threads=threads)
     graph = Graph.trace(network.module, network.example_inputs)
-    row = {
+    validation = task.score(made.run, "validation")
+    return {
         "macs": graph.macs,
         "macs_effective": graph.macs_effective,
         "params": graph.parameters,
-        "onnx_bytes": file.stat().st_size,
-        "packed_bytes": None,
+        "onnx_bytes": made.onnx.stat().st_size,
+        "packed_bytes": made.packed.stat().st_size if made.packed else None,
+        "deployed_bytes": made.nbytes,
+        "validation_score": validation,
+        "score": task.score(made.run, "test") if task.size("test") else validation,
     }
-    row["deployed_bytes"] = row["onnx_bytes"]
-    if network.packed is not None:
-        save_network(folder, network.module, network.example_inputs)
-        network.packed.save(folder / PACKED)
-        row["packed_bytes"] = (folder / PACKED).stat().st_size
-        if network.runtime == "packed":
-            # Deployed as two files: the packed tensors and the structure.
-            row["deployed_bytes"] = row["packed_bytes"] + (folder / GRAPH_FILE).stat().st_size
-            runner = _packed_runner(folder)
-    row["validation_score"] = task.score(runner, "validation")
-    row["score"] = task.score(runner, "test") if task.size("test") else row["validation_score"]
-    return row
-
-
-def _packed_runner(folder: Path) -> nn.Module:
-    structure, inputs, _ = load_network(folder)
-    return PackedNetwork.load(folder / PACKED).runner(structure, inputs)
 
 
 def _plain(name: str) -> str:

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from gossamer.compress.budget import Budget
+from gossamer.compress.deploy import Deployed, deploy
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.workspace import Workspace
 from gossamer.core.errors import BudgetError, GossamerError
-from gossamer.core.export import OnnxRunner, write_onnx
 from gossamer.core.graph import Graph
 from gossamer.core.network import Network
 from gossamer.core.progress import progress
@@ -36,6 +36,12 @@ CRITERIA = ("l2", "taylor", "fpgm", "batchnorm-scale")
 ALLOCATIONS = ("global", "uniform")
 MULTIPLES = (1, 4, 8, 16)
 RECOVERIES = ("finetune", "distil")
+SHAPES = ("prune", "low-rank", "bip")
+"""How the network gets narrower."""
+VALUES = ("float", "int8")
+PACKED_VALUES = ("sparse", "few-bits", "codebook")
+"""How its values are stored. Packed forms make the deployed files smaller and nothing faster, so
+they are tried where the budget limits the size."""
 RUNGS = 3
 ETA = 3
 
@@ -57,8 +63,10 @@ class Timer:
 
 def costs(
     contenders: Mapping[str, Network | Path], inputs: Sequence[Any], folder: Path, timer: Timer
-) -> tuple[dict[str, dict[str, float]], dict[str, Path]]:
+) -> tuple[dict[str, dict[str, float]], dict[str, Deployed]]:
     """Deployed bytes and median latency of several networks measured in turns, and their counts.
+
+    The latency is that of the ONNX file, whatever the network's runtime.
 
     Args:
         contenders: by name; one that is already a file is only timed.
@@ -67,20 +75,29 @@ def costs(
         timer: how they are timed.
 
     Returns:
-        Costs by budget name, and the files. "speedup" is the first one's time over one's own.
+        Costs by budget name, and what was deployed of each network. "speedup" is the first one's
+        time over one's own.
     """
-    files = {}
-    for name, contender in contenders.items():
-        files[name] = contender if isinstance(contender, Path) else folder / f"{name}.onnx"
-        if not isinstance(contender, Path):
-            write_onnx(contender, files[name])
+    made = {
+        name: deploy(contender, folder, threads=timer.threads, name=f"{name}.onnx")
+        for name, contender in contenders.items()
+        if not isinstance(contender, Path)
+    }
+    files = {
+        name: contender if isinstance(contender, Path) else made[name].onnx
+        for name, contender in contenders.items()
+    }
     timings = measure(
         files, inputs, batch_sizes=(timer.batch,), threads=(timer.threads,), rounds=timer.rounds
     )
     rows = {}
     for timing in timings:
         rows[timing.name] = {
-            "size": float(files[timing.name].stat().st_size),
+            "size": float(
+                made[timing.name].nbytes
+                if timing.name in made
+                else files[timing.name].stat().st_size
+            ),
             "latency": timing.latency.p50,
             "speedup": compare(timings[0], timing).ratio if timing is not timings[0] else 1.0,
         }
@@ -88,7 +105,7 @@ def costs(
         if not isinstance(contender, Path):
             graph = Graph.trace(contender.module, inputs)
             rows[timing.name] |= {"macs": float(graph.macs), "params": float(graph.parameters)}
-    return rows, files
+    return rows, made
 
 
 @dataclass
@@ -141,11 +158,11 @@ class Planner:
     def _search(self) -> dict[str, Any]:
         folder = self.workspace.path("trial-files")
         folder.mkdir(parents=True, exist_ok=True)
-        before, files = costs({"dense": self.dense}, self.dense.example_inputs, folder, self.timer)
+        before, made = costs({"dense": self.dense}, self.dense.example_inputs, folder, self.timer)
         # Kept with the trials: what they cost is told relative to it, also after an interruption.
         dense = self.workspace.record("dense")
         if dense is None:
-            score = self.task.score(OnnxRunner(files["dense"]), "validation")
+            score = self.task.score(made["dense"].run, "validation")
             dense = {"costs": before["dense"], "score": score}
             self.workspace.keep("dense", dense)
         base, score = dense["costs"], dense["score"]
@@ -238,27 +255,35 @@ class Planner:
             + [s for n in ("macs", "params") if (s := self.budget.share(n, base[n])) is not None]
         )
         low = max(0.05, 0.35 * high)
-        plain = [
+        narrow = [n for n in ("macs", "params") if n in self.budget.limits]
+        packed = "size" in self.budget.limits
+        common = {"shape": "prune", "measure": "parameters" if narrow == ["params"] else "macs",
+                  "sparsity": 0.8, "bits": 4}  # fmt: skip
+        plain: list[dict[str, Any]] = [
             {"criterion": "l2", "allocation": "uniform", "keep": high, "multiple": 8,
-             "recovery": "finetune", "rounds": 1, "int8": True},
+             "recovery": "finetune", "rounds": 1, "values": "int8"},
             {"criterion": "taylor", "allocation": "global", "keep": high, "multiple": 8,
-             "recovery": "distil", "rounds": 1, "int8": True},
+             "recovery": "distil", "rounds": 1, "values": "int8"},
             {"criterion": "taylor", "allocation": "global", "keep": high, "multiple": 4,
-             "recovery": "finetune", "rounds": 2, "int8": False},
+             "recovery": "finetune", "rounds": 2, "values": "float"},
         ]  # fmt: skip
-        limited = [n for n in ("macs", "params") if n in self.budget.limits]
-        for params in plain:
-            params["measure"] = "parameters" if limited == ["params"] else "macs"
+        if packed:
+            plain += [plain[1] | {"values": "few-bits"}, plain[1] | {"values": "sparse"}]
         if number < len(plain):
-            return plain[number]
+            return common | plain[number]
+        category = optuna.distributions.CategoricalDistribution
         distributions = {
-            "criterion": optuna.distributions.CategoricalDistribution(CRITERIA),
-            "allocation": optuna.distributions.CategoricalDistribution(ALLOCATIONS),
+            # Without a limit on what a narrower network saves, it may keep its shape.
+            "shape": category(SHAPES if narrow else ("none", *SHAPES)),
+            "criterion": category(CRITERIA),
+            "allocation": category(ALLOCATIONS),
             "keep": optuna.distributions.FloatDistribution(low, high),
-            "multiple": optuna.distributions.CategoricalDistribution(MULTIPLES),
-            "recovery": optuna.distributions.CategoricalDistribution(RECOVERIES),
-            "rounds": optuna.distributions.CategoricalDistribution((1, 2)),
-            "int8": optuna.distributions.CategoricalDistribution((True, False)),
+            "multiple": category(MULTIPLES),
+            "recovery": category(RECOVERIES),
+            "rounds": category((1, 2)),
+            "values": category((*VALUES, *PACKED_VALUES) if packed else VALUES),
+            "sparsity": optuna.distributions.FloatDistribution(0.5, 0.95),
+            "bits": category((2, 3, 4)),
         }
         study = optuna.create_study(
             directions=["maximize", "minimize", "minimize"],
@@ -277,7 +302,7 @@ class Planner:
                 )
             )
         asked = study.ask(distributions)
-        return dict(asked.params) | {"measure": plain[0]["measure"]}
+        return common | dict(asked.params)
 
     def _try(
         self,
@@ -300,7 +325,7 @@ class Planner:
             network, seed = self.dense, seed_of("trial", self.seed, number)
             for step, own in zip(recipe.steps, recipe.seeds(seed), strict=True):
                 network = step.apply(network, self.task, teacher=self.dense, seed=own, cpu=self.cpu)
-            measured, files = costs(
+            measured, made = costs(
                 {"dense": folder / "dense.onnx", "trial": network},
                 self.dense.example_inputs,
                 folder,
@@ -309,7 +334,7 @@ class Planner:
             cost = measured["trial"]
             # Latency moves with the machine: what counts is the ratio to the dense network's now.
             cost["latency"] = base["latency"] / cost["speedup"]
-            score = self.task.score(OnnxRunner(files["trial"]), "validation")
+            score = self.task.score(made["trial"].run, "validation")
             row |= {name: cost[name] for name in ("macs", "params", "size", "latency", "speedup")}
             row |= {
                 "score": score,
@@ -330,26 +355,58 @@ class Planner:
 
 def recipe_of(params: Mapping[str, Any], epochs: int) -> Recipe:
     """The recipe that a trial's parameters stand for, with ``epochs`` of training in all."""
-    rounds = int(params["rounds"])
-    keep = float(params["keep"])
+    # A method that trains on the way to its stored values has a third of the epochs.
+    trains = params["values"] in ("sparse", "few-bits")
+    last = max(1, epochs // 3) if trains else 0
+    steps = _shape_steps(params, epochs - last)
+    match params["values"]:
+        case "int8":
+            steps.append("int8")
+        case "sparse":
+            options = {"sparsity": round(float(params["sparsity"]), 3), "rounds": 1}
+            steps.append(("rate-distortion", {**options, "epochs": last, "grid": 25}))
+        case "few-bits":
+            options = {"bits": int(params["bits"]), "epochs": last, "batch_size": 128}
+            steps.append(("quantized-distillation", {**options, "lr": 0.01}))
+        case "codebook":
+            steps.append(("codebook", {"bits": int(params["bits"]), "steps": 300}))
+    return Recipe.of(*steps)
+
+
+def _shape_steps(params: Mapping[str, Any], epochs: int) -> list[Any]:
+    """The steps that make the network narrower and let it recover."""
+    keep, measure = float(params["keep"]), params["measure"]
+    rate = 0.05 if params["recovery"] == "distil" else 0.02
+    recover = [(params["recovery"], {"epochs": epochs, "lr": rate})] if epochs else []
+    match params["shape"]:
+        case "none":
+            return list(recover)
+        case "low-rank":
+            return [("svd", {measure: round(keep, 4)}), *recover]
+        case "bip":
+            # MACs fall with the square of the width; a little is left for what does not.
+            units = {"sparsity": round(1.0 - 0.97 * keep**0.5, 4), "granularity": "filter"}
+            first = epochs // 2
+            rest = [(params["recovery"], {"epochs": epochs - first, "lr": rate})]
+            return [
+                ("bip", {**units, "epochs": first, "lr": 0.05}), *(rest if epochs > first else [])
+            ]  # fmt: skip
     steps: list[Any] = []
+    rounds = int(params["rounds"])
     for number in range(rounds):
         # The share of each round is of what the round starts from.
         options = {
             "criterion": params["criterion"],
             "allocation": params["allocation"],
-            params["measure"]: round(keep ** (1.0 / rounds), 4),
+            measure: round(keep ** (1.0 / rounds), 4),
             "round_to": int(params["multiple"]),
             "epochs": 0,
         }
         part = epochs * (number + 1) // rounds - epochs * number // rounds
         steps.append(("prune", options))
         if part:
-            rate = 0.05 if params["recovery"] == "distil" else 0.02
             steps.append((params["recovery"], {"epochs": part, "lr": rate}))
-    if params["int8"]:
-        steps.append("int8")
-    return Recipe.of(*steps)
+    return steps
 
 
 def ranked(trials: Sequence[dict[str, Any]], max_drop: float | None) -> list[dict[str, Any]]:

@@ -13,7 +13,16 @@ import torch
 from torch import nn
 
 from gossamer.compress.budget import Budget
-from gossamer.compress.planner import Planner, Timer, mark_front, ranked, recipe_of
+from gossamer.compress.planner import (
+    PACKED_VALUES,
+    SHAPES,
+    VALUES,
+    Planner,
+    Timer,
+    mark_front,
+    ranked,
+    recipe_of,
+)
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.workspace import Workspace
 from gossamer.core.errors import BudgetError
@@ -72,7 +81,8 @@ def test_order_of_trials() -> None:
 
 CHOICES = {
     "criterion": "taylor", "allocation": "global", "keep": 0.49, "multiple": 8,
-    "recovery": "distil", "rounds": 2, "int8": True, "measure": "macs",
+    "recovery": "distil", "rounds": 2, "values": "int8", "measure": "macs", "shape": "prune",
+    "sparsity": 0.8, "bits": 3,
 }  # fmt: skip
 
 
@@ -81,10 +91,38 @@ def test_the_recipe_of_a_trial() -> None:
     assert [s.name for s in recipe.steps] == ["prune", "distil", "prune", "distil", "int8"]
     assert recipe.steps[0].options["macs"] == recipe.steps[2].options["macs"] == 0.7
     assert recipe.steps[1].options["epochs"] + recipe.steps[3].options["epochs"] == 7
-    plain = recipe_of(CHOICES | {"rounds": 1, "int8": False, "recovery": "finetune"}, 4)
+    plain = recipe_of(CHOICES | {"rounds": 1, "values": "float", "recovery": "finetune"}, 4)
     assert [s.name for s in plain.steps] == ["prune", "finetune"]
     assert plain.steps[0].options["macs"] == 0.49
     assert "parameters" in recipe_of(CHOICES | {"measure": "parameters"}, 4).steps[0].options
+
+
+def test_recipes_of_every_shape_and_form() -> None:
+    """Each names steps and options that exist, and spends the epochs it was given."""
+    for shape, values in itertools.product(("none", *SHAPES), (*VALUES, *PACKED_VALUES)):
+        recipe = recipe_of(CHOICES | {"shape": shape, "values": values, "rounds": 1}, 9)
+        spent = sum(int(s.options.get("epochs", 0)) for s in recipe.steps)
+        assert spent == 9, recipe.to_yaml()
+        names = [s.name for s in recipe.steps]
+        first = {"none": "distil", "prune": "prune", "low-rank": "svd", "bip": "bip"}[shape]
+        last = {
+            "float": "distil", "int8": "int8", "sparse": "rate-distortion",
+            "few-bits": "quantized-distillation", "codebook": "codebook",
+        }[values]  # fmt: skip
+        assert (names[0], names[-1]) == (first, last)
+
+
+def test_packed_forms_are_tried_where_the_size_is_limited(tmp_path: Path) -> None:
+    def proposed(**budget: Any) -> set[str]:
+        search = planner(tmp_path / str(len(budget)), **budget)
+        base = {"macs": 1.0, "params": 1.0, "size": 1.0, "latency": 1.0}
+        found = [search._propose(n, base, []) for n in range(30)]
+        shapes = {p["shape"] for p in found}
+        assert ("none" in shapes) == ("macs" not in budget)
+        return {p["values"] for p in found}
+
+    assert proposed(macs=0.5) == set(VALUES)
+    assert proposed(size=0.2, max_drop=1.0) == {*VALUES, *PACKED_VALUES}
 
 
 def small() -> nn.Module:
