@@ -27,6 +27,7 @@ CODECS: dict[str, str] = {
     "sparse": "gossamer.parts.sparse:SparseTensor",
     "binary": "gossamer.parts.binary_kernels:BinaryTensor",
     "fixed-point": "gossamer.parts.fixed_point:FixedPointTensor",
+    "codebook": "gossamer.parts.codebook:CodebookTensor",
 }
 """Where the class of each codec lives; imported when a file uses it."""
 
