@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from gossamer.compress.prune.first_weights import grasp, snip, synflow
 from gossamer.compress.prune.wiring import Wiring, column_norms, row_norms
 from gossamer.core.errors import InputError
 from gossamer.core.task import Task, device_of, evaluating, to_device
@@ -103,10 +104,40 @@ def lookahead(module: nn.Module, names: Sequence[str], task: Task, seed: int) ->
     return scores
 
 
+def fisher(module: nn.Module, names: Sequence[str], task: Task, seed: int) -> Scores:
+    """Optimal brain damage with the empirical Fisher diagonal: half of mean(g^2) w^2.
+
+    The squares are of single samples' gradients (256 of them), not of a batch's mean.
+    """
+    weights = {name: module.get_parameter(name).detach() for name in names}
+    rest = {n: t.detach() for n, t in module.state_dict(keep_vars=True).items() if n not in names}
+
+    def loss(values: Mapping[str, Tensor], sample: Tensor, label: Tensor) -> Tensor:
+        batch = (sample[None], label[None])
+        outputs = torch.func.functional_call(module, {**values, **rest}, task.inputs(batch))
+        return task.criterion(outputs, batch)
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    total = {name: torch.zeros_like(w) for name, w in weights.items()}
+    seen = 0
+    with evaluating(module), torch.inference_mode(False):
+        for inputs, labels in task.batches("train", batch_size=64, seed=seed):
+            for name, slopes in each(weights, inputs, labels).items():
+                total[name] += slopes.square().sum(0)
+            seen += len(labels)
+            if seen >= 256:
+                break
+    return {n: 0.5 * total[n] / seen * weights[n].square() for n in names}
+
+
 CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
     "gradient": gradient,
     "lookahead": lookahead,
+    "fisher": fisher,
+    "snip": snip,
+    "grasp": grasp,
+    "synflow": synflow,
     "random": random,
 }
 """Criteria by the names that recipes use."""
