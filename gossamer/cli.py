@@ -33,6 +33,8 @@ app = App(
 )
 _BUDGET = Group("Budget: a share of the original (0.5) or a value with a unit")
 
+_METHODS = Group("Methods of pruning that have")
+
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 Limit = Annotated[str | None, Parameter(group=_BUDGET)]
 
@@ -604,16 +606,57 @@ def _show_profile(report: dict[str, Any]) -> None:
 
 
 @app.command
-def systems(*, json_: Json = False) -> None:
-    """List the 85 systems, and what was measured of them.
+def systems(
+    *,
+    when: Annotated[str | None, Parameter(group=_METHODS)] = None,
+    structured: Annotated[bool | None, Parameter(group=_METHODS, negative="--unstructured")] = None,
+    granularity: Annotated[str | None, Parameter(group=_METHODS)] = None,
+    criterion: Annotated[str | None, Parameter(group=_METHODS)] = None,
+    learned: Annotated[str | None, Parameter(group=_METHODS)] = None,
+    data: Annotated[str | None, Parameter(group=_METHODS)] = None,
+    scope: Annotated[str | None, Parameter(group=_METHODS)] = None,
+    schedule: Annotated[str | None, Parameter(group=_METHODS)] = None,
+    architecture: Annotated[str | None, Parameter(group=_METHODS)] = None,
+    here: Annotated[bool | None, Parameter(group=_METHODS, negative="")] = None,
+    json_: Json = False,
+) -> None:
+    """List the 85 systems and what was measured of them, or ask for methods of pruning.
 
-    Example: gossamer systems --json
+    Example: gossamer systems --when before-training --unstructured --data none
 
     Parameters
     ----------
+    when
+        before-training, during-training, after-training or run-time.
+    structured
+        Methods that leave smaller dense layers, or zeros only.
+    granularity
+        What goes as a whole: weight, filter, channel, neuron, head, layer, block ...
+    criterion
+        magnitude, norm, saliency, loss-change, reconstruction, similarity, activation ...
+    learned
+        How masks are learned: none, mask, score, gating, dynamic-sparse, bi-level ...
+    data
+        What is needed to decide: none, unlabelled, labelled or few-shot.
+    scope
+        local, global or both.
+    schedule
+        one-shot, iterative, gradual or learned.
+    architecture
+        cnn, vit, bert, llm, rnn, gnn ...
+    here
+        Only those that gossamer has.
     json_
         Print JSON.
     """
+    wanted = {
+        "when": when, "granularity": granularity, "criterion": criterion, "learned": learned,
+        "data": data, "scope": scope, "schedule": schedule, "architectures": architecture,
+    }  # fmt: skip
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if wanted or structured is not None or here:
+        _show_methods(wanted, structured, here, json_)
+        return
     from gossamer.core.catalog import Catalog
 
     catalog = Catalog.load()
@@ -627,6 +670,31 @@ def systems(*, json_: Json = False) -> None:
         table.add_column(column, no_wrap=column in ("system", "room"))
     for system in catalog.systems:
         table.add_row(system.spec, system.room, system.title, system.provenance, system.verdict)
+    _out().print(table)
+
+
+def _show_methods(
+    wanted: dict[str, str], structured: bool | None, here: bool | None, json_: bool
+) -> None:
+    from gossamer.compress.prune.taxonomy import find
+
+    found = find(structured=structured, implemented=here or None, **wanted)
+    if json_:
+        _print_json([method.to_json() for method in found])
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{len(found)} methods of pruning")
+    for column in ("method", "year", "goes", "when", "criterion", "learned", "data", "here"):
+        table.add_column(column)
+    for method in found:
+        step = (method.implemented_by or "").rpartition(":")[2].replace("_", "-")
+        options = ", ".join(f"{k}: {v}" for k, v in method.options.items())
+        table.add_row(
+            method.name, str(method.year), ", ".join(method.granularity), method.when,
+            method.criterion, method.learned, method.data,
+            f"{step} ({options})" if options else step,
+        )  # fmt: skip
     _out().print(table)
 
 

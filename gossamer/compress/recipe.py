@@ -35,6 +35,8 @@ from gossamer.core.task import Task, seed_of
 STEPS: dict[str, str] = {
     "prune": "gossamer.compress.prune.magnitude:prune",
     "sparsify": "gossamer.compress.prune.sparsify:sparsify",
+    "dynamic-sparse": "gossamer.compress.prune.dynamic_sparse:dynamic_sparse",
+    "movement": "gossamer.compress.prune.dynamic_sparse:movement",
     "prune-after-training": "gossamer.compress.prune.post_training:prune_after_training",
     "activating-pruning": "gossamer.compress.prune.activation:activating_pruning",
     "bip": "gossamer.compress.prune.bilevel:bip",
