@@ -138,6 +138,11 @@ class FixedPointTensor(Stored):
         return cls(codes, format, activations)
 
     @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of the tensor."""
+        return tuple(self.codes.shape)
+
+    @property
     def bits(self) -> int:
         """Bits that every code fits into, sign included; at most the word length."""
         low, high = int(self.codes.min()), int(self.codes.max())

@@ -129,37 +129,28 @@ class PackedNetwork:
         """
         graph = Graph.trace(network, example_inputs)
         level = level_of(network)
-        # A tensor that was constant in the trace (a mask, a position table) is no state.
-        decoded: dict[str, Tensor] = {}
-        ties = dict(self.ties)
-        for name, tensor in graph.tensors.items():
-            own = name.removeprefix(level)
-            own = ties.get(own, own)
-            if own in self.tensors:
-                value = self.tensors[own].decode()
-            elif own in self.plain:
-                value = self.plain[own]
-            elif graph.kinds[name] == "constant":
-                continue
-            else:
-                raise InputError(f"the packed file has no tensor {own}")
-            if value.shape != tensor.shape:
-                raise InputError(
-                    f"{own} has shape {tuple(tensor.shape)} in the network and "
-                    f"{tuple(value.shape)} in the packed file"
-                )
-            decoded[name] = value.to(tensor.dtype)
-        made = copy.deepcopy(graph.network()).eval()
+        # Not copied: what has a kernel need not become float, and the rest is replaced.
+        shared = {id(tensor): tensor for tensor in graph.tensors.values()}
+        made = copy.deepcopy(graph.network(), shared).eval()
         program = made.program
-        with torch.no_grad():
-            for name, value in decoded.items():
-                _tensor(program, name).copy_(value)
-        for name in graph.tensors:
-            own = name.removeprefix(level)
-            stored = self.tensors.get(ties.get(own, own))
+        kernels: dict[str, Kernel] = {}
+        for name, tensor in graph.tensors.items():
+            own = self._name_of(name, level)
+            stored = self.tensors.get(own)
             kernel = stored.kernel() if stored is not None else None
-            if kernel is not None:
-                _use(program, name, kernel)
+            if stored is not None and kernel is not None and stored.shape == tensor.shape:
+                kernels[name] = kernel
+            elif stored is not None or own in self.plain:
+                self._decode_into(program, name, own)
+            elif graph.kinds[name] != "constant":
+                raise InputError(f"the packed file has no tensor {own}")
+            else:
+                # A tensor that was constant in the trace (a mask, a position table) is no state.
+                _place(program, name, tensor.clone())
+        for name, kernel in kernels.items():
+            _use(program, name, kernel)
+            if any(n.op == "get_attr" and n.target == name for n in program.graph.nodes):
+                self._decode_into(program, name, self._name_of(name, level))
         for node in list(program.graph.nodes):
             call = program.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(call, _Call):
@@ -169,6 +160,22 @@ class PackedNetwork:
         program.recompile()
         program.delete_all_unused_submodules()
         return made
+
+    def _name_of(self, name: str, level: str) -> str:
+        """What a tensor of a traced network is called here."""
+        own = name.removeprefix(level)
+        return self.ties.get(own, own)
+
+    def _decode_into(self, program: nn.Module, name: str, own: str) -> None:
+        """Gives a traced network a tensor that is float in memory."""
+        value = self.tensors[own].decode() if own in self.tensors else self.plain[own].clone()
+        tensor = _tensor(program, name)
+        if value.shape != tensor.shape:
+            raise InputError(
+                f"{own} has shape {tuple(tensor.shape)} in the network and "
+                f"{tuple(value.shape)} in the packed file"
+            )
+        _place(program, name, value.to(tensor.dtype))
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file, in one rename.
@@ -299,6 +306,15 @@ def _use(program: fx.GraphModule, name: str, kernel: Kernel) -> None:
 def _tensor(program: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     return getattr(program.get_submodule(path), leaf)
+
+
+def _place(program: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = program.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, value.is_floating_point())
+    else:
+        owner._buffers[leaf] = value
 
 
 def _codec(name: Any) -> type[Stored]:

@@ -55,9 +55,14 @@ class Kernel(ABC):
 
 
 class Stored(ABC):
-    """A tensor in its stored form."""
+    """A tensor in its stored form.
+
+    Attributes:
+        shape: of the decoded tensor.
+    """
 
     codec: ClassVar[str]
+    shape: tuple[int, ...]
 
     @abstractmethod
     def decode(self) -> Tensor:

@@ -105,6 +105,10 @@ class _Plain(Stored):
     codec = "plain-test"
     value: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
     def decode(self) -> Tensor:
         return self.value
 

@@ -1173,7 +1173,7 @@ def footprint(packed: PackedNetwork) -> list[dict[str, Any]]:
     """What each tensor of a packed network takes: its name, values, bytes, and bits a value."""
     rows = []
     for name, stored in packed.tensors.items():
-        count = math.prod(getattr(stored, "shape", stored.decode().shape))
+        count = math.prod(stored.shape)
         size = stored.nbytes()
         rows.append({"tensor": name, "codec": stored.codec, "values": count, "bytes": size})
     for name, tensor in packed.plain.items():

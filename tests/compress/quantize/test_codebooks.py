@@ -489,7 +489,7 @@ def test_kernel_of_convolutions():
 
 
 @pytest.mark.parametrize("entries", [3, 4, 9])
-def test_file_round_trip_and_run(entries, task, trained, tmp_path):
+def test_file_round_trip_and_run(entries, task, trained, tmp_path, monkeypatch):
     names = [n for n, p in trained.named_parameters() if p.ndim > 1]
     network = copy.deepcopy(trained)
     tensors = {}
@@ -503,10 +503,16 @@ def test_file_round_trip_and_run(entries, task, trained, tmp_path):
     read = PackedNetwork.load(tmp_path / "p")
     for name, value in network.state_dict().items():
         assert torch.equal(read.state_dict()[name], value)
-    runner = read.runner(network, task.example_inputs)
-    x = next(iter(task.batches("validation", batch_size=50)))[0]
-    with torch.no_grad():
-        torch.testing.assert_close(runner(x), network(x))
+
+    def inflating(stored):
+        raise AssertionError("a weight became float as a whole")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CodebookTensor, "decode", inflating)
+        runner = read.runner(network, task.example_inputs)
+        x = next(iter(task.batches("validation", batch_size=50)))[0]
+        with torch.no_grad():
+            torch.testing.assert_close(runner(x), network(x))
     # Nothing of the size of a weight is float in memory.
     assert not any(w.numel() >= 256 for w in runner.parameters())
     rows = {row["tensor"]: row for row in footprint(read)}
