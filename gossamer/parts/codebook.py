@@ -71,7 +71,7 @@ class CodebookTensor(Stored):
     """A tensor as indices, tables and scales.
 
     Attributes:
-        indices: uint8 ``[rows, columns]``.
+        packed: the indices ``[rows, columns]``, packed, uint8 ``[bytes]``.
         tables: float16, ``[1, entries]`` or ``[groups, entries]``.
         scales: float16 ``[groups]``, or None where tables need none.
         sizes: rows of each group, in order.
@@ -80,11 +80,31 @@ class CodebookTensor(Stored):
 
     codec: ClassVar[str] = "codebook"
 
-    indices: Tensor
+    packed: Tensor
     tables: Tensor
     scales: Tensor | None
     sizes: tuple[int, ...]
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        indices: Tensor,
+        tables: Tensor,
+        scales: Tensor | None,
+        sizes: Sequence[int],
+        shape: Sequence[int],
+    ) -> CodebookTensor:
+        """Packs indices ``[rows, columns]``; the rest as the attributes, in any float type."""
+        packed = pack_indices(indices, tables.shape[1])
+        scales = None if scales is None else scales.detach().cpu().half()
+        return cls(packed, tables.detach().cpu().half(), scales, tuple(sizes), tuple(shape))
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """uint8 ``[rows, columns]``."""
+        count = math.prod(self.shape)
+        return unpack_indices(self.packed, self.entries, count).view(self.shape[0], -1)
 
     @property
     def entries(self) -> int:
@@ -96,27 +116,17 @@ class CodebookTensor(Stored):
         """int64 ``[rows]``."""
         return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
 
-    def row_tables(self) -> Tensor:
-        """The scaled table of each row, float32 ``[rows, entries]``."""
-        groups = self.group_of_row
-        tables = self.tables.float()[groups if len(self.tables) > 1 else torch.zeros_like(groups)]
-        return tables if self.scales is None else tables * self.scales.float()[groups, None]
-
     def decode(self) -> Tensor:
-        return torch.gather(self.row_tables(), 1, self.indices.long()).view(self.shape)
-
-    def _parts(self) -> list[Tensor]:
-        """Everything that is stored, as bytes."""
-        parts = [pack_indices(self.indices, self.entries), _bytes(self.tables.half())]
-        if self.scales is not None:
-            parts.append(_bytes(self.scales.half()))
-        if len(self.sizes) > 1:
-            parts.append(_bytes(torch.tensor(self.sizes, dtype=_size_type(self.shape[0]))))
-        return parts
+        return CodebookKernel(self).decode(0, self.shape[0]).view(self.shape)
 
     def arrays(self) -> dict[str, Tensor]:
+        parts = [self.packed, _bytes(self.tables)]
+        if self.scales is not None:
+            parts.append(_bytes(self.scales))
+        if len(self.sizes) > 1:
+            parts.append(_bytes(torch.tensor(self.sizes, dtype=_size_type(self.shape[0]))))
         # One array a tensor: each costs the header of a file some 70 bytes.
-        return {"b": torch.cat(self._parts())}
+        return {"b": torch.cat(parts)}
 
     def nbytes(self) -> int:
         tables, groups = len(self.tables), len(self.sizes)
@@ -144,9 +154,7 @@ class CodebookTensor(Stored):
         if stored.dtype != torch.uint8 or stored.shape != (sum(lengths),):
             raise ValueError(record)
         packed, table, scale, size = (part.clone() for part in stored.split(lengths))
-        indices = unpack_indices(packed, entries, math.prod(shape)).view(shape[0], -1)
-        if int(indices.max()) >= entries:
-            raise ValueError("an index beyond its table")
+        _check_indices(packed, entries, math.prod(shape))
         sizes = (shape[0],)
         if groups > 1:
             # Types of two or four bytes without a sign; torch has few operations on them.
@@ -154,7 +162,7 @@ class CodebookTensor(Stored):
         if sum(sizes) != shape[0] or min(sizes) < 1:
             raise ValueError("groups that do not add up")
         return cls(
-            indices,
+            packed,
             table.view(torch.float16).view(tables, entries),
             scale.view(torch.float16) if scaled else None,
             sizes,
@@ -174,6 +182,18 @@ def _size_type(rows: int) -> torch.dtype:
 
 def _bytes(x: Tensor) -> Tensor:
     return x.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
+def _check_indices(packed: Tensor, entries: int, count: int) -> None:
+    """Refuses indices beyond the table; most tables leave no room for any."""
+    if entries == 3:
+        highest = int(packed.max()) // 243 * 3
+    elif entries & (entries - 1) == 0 and entries > 1:
+        return
+    else:
+        highest = int(unpack_indices(packed, entries, count).max())
+    if highest >= entries:
+        raise ValueError("an index beyond its table")
 
 
 def _lengths(
@@ -205,14 +225,14 @@ class CodebookKernel(Kernel):
         method: Literal["blocks", "buckets"] = "blocks",
         block: int | None = None,
     ) -> None:
-        self.packed = pack_indices(stored.indices, stored.entries).numpy()
+        self.packed = stored.packed.numpy()
         tables = stored.tables.float()
         if stored.scales is not None:
             tables = tables * stored.scales.float()[:, None]
         self.tables = tables.expand(len(stored.sizes), -1).contiguous().numpy()
         self.groups = stored.group_of_row.to(torch.int32).numpy()
         self.shape = stored.shape
-        self.columns = stored.indices.shape[1]
+        self.columns = math.prod(stored.shape[1:])
         self.method = method
         self.block = block or max(1, (1 << 16) // self.columns)
         self._bytes = _by_byte(self.tables, self.columns)

@@ -344,7 +344,7 @@ def cluster_weights(
     indices = nearest_entries(rows, at)
     if zeros:
         indices.masked_fill_(rows == 0, 0)
-    return CodebookTensor(indices, tables, scales, sizes, tuple(weight.shape))
+    return CodebookTensor.of(indices, tables, scales, sizes, tuple(weight.shape))
 
 
 # Learning tables and indices
@@ -630,7 +630,7 @@ class _LayerRun:
         if start.scales is None and len(start.tables) == 1:
             # Groups that share everything are one.
             one = (start.shape[0],)
-            start = CodebookTensor(start.indices, start.tables, None, one, start.shape)
+            start = CodebookTensor.of(start.indices, start.tables, None, one, start.shape)
         self.start, self.inputs, self.target = start, inputs, target
         self.layer, self.learning = layer, learning
         device = inputs.device
@@ -790,7 +790,7 @@ class _LayerRun:
         else:
             tables, scales = tables.half(), scales.half()
         index = self.index.to(torch.uint8).cpu().view(self.start.indices.shape)
-        return CodebookTensor(index, tables, scales, self.start.sizes, self.start.shape)
+        return CodebookTensor.of(index, tables, scales, self.start.sizes, self.start.shape)
 
     @torch.no_grad()
     def _held_error(self) -> float:
@@ -883,7 +883,9 @@ def refit(
     tables = torch.where(used > 0, tables, stored.tables.double())
     if bool((tables.abs() > torch.finfo(torch.float16).max).any()):
         return stored
-    made = CodebookTensor(stored.indices, tables.half(), stored.scales, stored.sizes, stored.shape)
+    made = CodebookTensor.of(
+        stored.indices, tables.half(), stored.scales, stored.sizes, stored.shape
+    )
     errors = [output_error(one, inputs, target, layer=layer) for one in (made, stored)]
     return made if errors[0] <= errors[1] else stored
 
@@ -896,7 +898,7 @@ def drop_unused(stored: CodebookTensor) -> CodebookTensor:
     if int(used.sum()) < 2:
         used[:2] = True
     new = (used.cumsum(0) - 1).clamp(min=0).to(torch.uint8)
-    return CodebookTensor(
+    return CodebookTensor.of(
         new[stored.indices.long()],
         stored.tables[:, used],
         stored.scales,

@@ -51,7 +51,7 @@ def uniform_codebook(weight: Tensor, entries: int, *, per_row: bool = False) -> 
         best = torch.minimum(error, best)
     sizes = (1,) * len(rows) if per_row else (len(rows),)
     indices = ((_on_grid(rows / chosen, entries) + 1.0) / 2 * (entries - 1)).round()
-    return CodebookTensor(
+    return CodebookTensor.of(
         indices.to(torch.uint8), table[None].half(), chosen[:, 0].half(), sizes, tuple(weight.shape)
     )
 
@@ -168,7 +168,7 @@ class SharedWeights(nn.Module):
         """Tables as they are now, with the indices."""
         pairs = zip(self.stored.items(), self.tables, strict=True)
         return {
-            name: CodebookTensor(t.indices, p.detach().cpu().half(), t.scales, t.sizes, t.shape)
+            name: CodebookTensor.of(t.indices, p.detach().cpu().half(), t.scales, t.sizes, t.shape)
             for (name, t), p in pairs
         }
 
@@ -238,7 +238,9 @@ class SoftClusters(nn.Module):
             weight = self.network.get_parameter(name).detach().cpu()
             table = centers.half()[None]
             indices = nearest_entries(weight.flatten(1), table.float())
-            made[name] = CodebookTensor(indices, table, None, (len(weight),), tuple(weight.shape))
+            made[name] = CodebookTensor.of(
+                indices, table, None, (len(weight),), tuple(weight.shape)
+            )
         return made
 
     def forward(self, *inputs: Any, **named: Any) -> Any:

@@ -348,12 +348,10 @@ def test_gradients_of_tables_and_scales_are_exact():
                 moved = torch.zeros(tensor.numel()).double()
                 moved[place] = step
                 moved = moved.view_as(tensor)
-                ends = [
-                    float(
-                        value(*(t + sign * moved if t is tensor else t for t in (tables, scales)))
-                    )
-                    for sign in (1, -1)
-                ]
+                ends = []
+                for sign in (1, -1):
+                    both = (t + sign * moved if t is tensor else t for t in (tables, scales))
+                    ends.append(value(*both).item())
                 numeric = (ends[0] - ends[1]) / (2 * step)
                 assert float(tensor.grad.flatten()[place]) == pytest.approx(numeric, abs=1e-6)
         tables.grad = scales.grad = None
@@ -433,7 +431,7 @@ def test_refit_never_makes_it_worse_and_leaves_the_unused():
     for seed in range(5):
         weight, x, _ = layer_problem(seed)
         start = cluster_weights(weight, 6, sizes=even_sizes(24, 3), grouping="tables")
-        start = CodebookTensor(
+        start = CodebookTensor.of(
             start.indices.clamp(max=3), start.tables, None, start.sizes, start.shape
         )
         made = refit(start, x, x @ weight.T)
@@ -443,7 +441,7 @@ def test_refit_never_makes_it_worse_and_leaves_the_unused():
 
 
 def test_unused_entries_are_dropped():
-    stored = CodebookTensor(
+    stored = CodebookTensor.of(
         torch.tensor([[3, 0], [3, 3]], dtype=torch.uint8),
         torch.tensor([[1.0, 2.0, 4.0, 8.0]]).half(), None, (2,), (2, 2),
     )  # fmt: skip
