@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from gossamer.core.errors import InputError
 from gossamer.core.files import write_tensors
-from gossamer.core.graph import Graph, level_of
+from gossamer.core.graph import Graph, GraphNetwork, level_of
 from gossamer.parts.stored import Kernel, Stored
 
 CODECS: dict[str, str] = {
@@ -129,6 +129,9 @@ class PackedNetwork:
         """
         graph = Graph.trace(network, example_inputs)
         level = level_of(network)
+        # A network that runs a graph cannot tell which of its buffers the original's state had.
+        whole = not isinstance(network, GraphNetwork)
+        needed = network.state_dict().keys() if whole else dict(network.named_parameters()).keys()
         # Not copied: what has a kernel need not become float, and the rest is replaced.
         shared = {id(tensor): tensor for tensor in graph.tensors.values()}
         made = copy.deepcopy(graph.network(), shared).eval()
@@ -142,10 +145,10 @@ class PackedNetwork:
                 kernels[name] = kernel
             elif stored is not None or own in self.plain:
                 self._decode_into(program, name, own)
-            elif graph.kinds[name] != "constant":
+            elif name in needed:
                 raise InputError(f"the packed file has no tensor {own}")
             else:
-                # A tensor that was constant in the trace (a mask, a position table) is no state.
+                # A constant of the trace, or a buffer that no state has (a mask, frequencies).
                 _place(program, name, tensor.clone())
         for name, kernel in kernels.items():
             _use(program, name, kernel)

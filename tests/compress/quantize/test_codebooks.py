@@ -677,3 +677,24 @@ def test_inside_shrink(task, trained, tmp_path):
     packed = shrunk.report["packed"]
     assert packed["agreement"] > 0.95
     assert packed["bytes"] < 0.4 * packed["float_bytes"]
+
+
+def test_a_language_model_with_grouped_queries_and_tied_embeddings(tmp_path):
+    pytest.importorskip("transformers", reason="no peer: transformers")
+    from gossamer.models.language import causal_llama
+
+    torch.manual_seed(0)
+    model = causal_llama(
+        40, width=16, layers=2, heads=4, key_value_heads=2, hidden=24, length=32, tied=True
+    ).eval()
+    ids = torch.randint(0, 40, (3, 12))
+    found = reorder(model, (ids,), groups=3)
+    assert found.orders
+    with torch.no_grad():
+        expected, moved = model(ids).logits, found.module(ids).logits
+        torch.testing.assert_close(moved, expected, rtol=0, atol=1e-5)
+        made = compress(model, (ids,), [(ids,)] * 4, groups=3, learning=Learning(steps=10))
+        assert len(made.tensors) == 2 * 7 + 1  # the tied table is the head
+        PackedNetwork.of(made.module, made.tensors).save(tmp_path / "p")
+        runner = PackedNetwork.load(tmp_path / "p").runner(made.module, (ids,))
+        torch.testing.assert_close(runner(ids).logits, made.module(ids).logits)
