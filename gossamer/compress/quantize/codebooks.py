@@ -655,6 +655,7 @@ class _LayerRun:
         self.held, self.seen = shuffled[:held], shuffled[held:]
         self.moves = self.jumps = 0
 
+    @torch.enable_grad()
     def run(self) -> Learned:
         learning = self.learning
         before = self._error(self.start)
