@@ -28,6 +28,7 @@ CODECS: dict[str, str] = {
     "binary": "gossamer.parts.binary_kernels:BinaryTensor",
     "fixed-point": "gossamer.parts.fixed_point:FixedPointTensor",
     "codebook": "gossamer.parts.codebook:CodebookTensor",
+    "scaled": "gossamer.parts.scaled:ScaledTensor",
 }
 """Where the class of each codec lives; imported when a file uses it."""
 
