@@ -56,6 +56,8 @@ def pq_index(
         InputError: if p and q are out of order.
     """
     _check_exponents(p, q)
+    if weights.shape[-1] == 0:
+        return torch.zeros(weights.shape[:-1], dtype=torch.float64)
     size = weights.detach().double().abs()
     there = torch.ones_like(size) if mask is None else mask.to(size)
     count = there.sum(-1)

@@ -18,6 +18,7 @@ is zero throughout.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,7 @@ def rd_curves(
     *,
     grid: int = 100,
     mode: Mode = "mean",
+    cap: float = 0.99,
 ) -> Curves:
     """Measures the curve of every layer.
 
@@ -101,6 +103,8 @@ def rd_curves(
         grid: steps between a whole and an empty layer.
         mode: "mean" averages the squared difference over samples and logits, "worst" takes the
             sample whose mean over logits is largest.
+        cap: a point of its own on each curve: the largest share that :func:`allocate` takes, which
+            a coarse grid would miss by a step.
 
     Raises:
         InputError: if there are no inputs.
@@ -114,7 +118,7 @@ def rd_curves(
         device = device_of(module)
         batches = [to_device(batch, device) for batch in inputs]
         before = [logits_of(module(*batch)).flatten(1) for batch in batches]
-        shown = bar.add_task("measuring rate-distortion curves", total=len(size) * grid)
+        shown = bar.add_task("measuring rate-distortion curves", total=len(size) * (grid + 1))
         for name, mask in masks.kept.items():
             weight = module.get_parameter(name)
             flat = weight.data.view(-1)
@@ -124,9 +128,11 @@ def rd_curves(
             order = alive[torch.argsort(saved[alive].abs(), stable=True)]
             gone = size[name] - len(alive)
             counts, values, done = [len(alive)], [0.0], 0
+            ends = {step * size[name] // grid for step in range(1, grid + 1)}
+            ends.add(size[name] - math.ceil(size[name] * (1.0 - cap) - 1e-9))
             try:
-                for step in range(1, grid + 1):
-                    remove = step * size[name] // grid - gone
+                for end in sorted(ends):
+                    remove = end - gone
                     bar.advance(shown)
                     if remove <= done:
                         continue
@@ -189,7 +195,7 @@ def allocate(
     losses, costs, choices = [], [], []
     for name, counts in curves.kept.items():
         values = curves.distortion[name]
-        allowed = counts >= (1.0 - cap) * curves.size[name]
+        allowed = counts >= (1.0 - cap) * curves.size[name] - 1e-9
         if not values.any():
             allowed = np.ones_like(allowed)
         # A layer of which the cap would leave nothing to choose stays as it is.
@@ -356,7 +362,7 @@ def chosen_by_curves(
         cap: see :func:`allocate`.
         record: gets what was predicted and what came out.
     """
-    curves = rd_curves(module, inputs, masks, macs, grid=grid, mode=mode)
+    curves = rd_curves(module, inputs, masks, macs, grid=grid, mode=mode, cap=cap)
     budget = keep
     if constraint == "macs":
         budget = int(keep / masks.total * sum(macs[name] for name in masks.kept))

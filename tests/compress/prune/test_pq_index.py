@@ -131,6 +131,7 @@ def test_only_what_is_left_counts_and_large_vectors_do_not_overflow() -> None:
     mask = torch.tensor([True] * 4 + [False] * 2)
     assert float(pq_index(w, mask=mask)) == pytest.approx(0.055586, abs=1e-6)
     assert float(pq_index(w, mask=torch.zeros(6, dtype=torch.bool))) == 0.0
+    assert float(pq_index(torch.zeros(0))) == 0.0
     rows = pq_index(torch.tensor([[1.0, 1.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]))
     assert rows.tolist() == pytest.approx([0.5, 0.0])
     huge = torch.full((1_000_000,), 1e-30)

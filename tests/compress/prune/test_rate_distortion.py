@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,14 @@ def test_curves_measure_what_pruning_one_layer_does(trained: nn.Module, task: An
     masks = Masks.full(trained, list(macs))
     before = copy.deepcopy(trained.state_dict())
     for mode in ("mean", "worst"):
-        curves = rd_curves(trained, inputs, masks, macs, grid=10, mode=mode)
+        curves = rd_curves(trained, inputs, masks, macs, grid=10, mode=mode, cap=0.97)
         for name, size in curves.size.items():
-            assert curves.kept[name].tolist() == [size - int(d / 10 * size) for d in range(11)]
+            points = [size - int(d / 10 * size) for d in range(11)]
+            # The cap is a point of its own: the fewest weights that are at least 3 %.
+            points.insert(10, math.ceil(0.03 * size))
+            assert curves.kept[name].tolist() == points
             assert curves.distortion[name][0] == 0.0
-            for point in (3, 7, 10):
+            for point in (3, 7, 10, 11):
                 pruned = copy.deepcopy(trained)
                 weight = pruned.get_parameter(name).data.view(-1)
                 gone = torch.argsort(weight.abs(), stable=True)[: size - curves.kept[name][point]]
@@ -155,6 +159,15 @@ def test_small_cuts_in_several_layers_add_up(task: Any) -> None:
         joint = output_distortion(pruned, module, inputs)
         errors.append(abs(joint - curves.at(kept)) / joint)
     assert errors[0] > errors[-1] and errors[-1] < 0.05
+
+
+def test_a_coarse_grid_reaches_the_cap(trained: nn.Module, task: Any) -> None:
+    network = Network(trained, task.example_inputs)
+    made = rate_distortion(
+        network, task, sparsity=0.98, rounds=1, grid=5, samples=20, epochs=0, cpu=True
+    )
+    report = made.steps[-1]["report"]
+    assert report["sparsity"] >= 0.98 and report["empty_layers"] == []
 
 
 def test_the_step_keeps_the_budget_and_says_what_it_predicted(
