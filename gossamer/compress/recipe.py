@@ -57,6 +57,9 @@ STEPS: dict[str, str] = {
     "fixed-point": "gossamer.compress.quantize.fixed_point:fixed_point",
     "codebook": "gossamer.compress.quantize.codebooks:codebook",
     "binarize": "gossamer.compress.quantize.binary:binarize",
+    "delta": "gossamer.compress.delta:delta",
+    "merge": "gossamer.compress.delta:merge",
+    "anchored-finetune": "gossamer.compress.delta:anchored_finetune",
     "int8": "gossamer.compress.quantize.post_training:int8",
 }
 """Where each step lives; imported when a recipe uses it."""

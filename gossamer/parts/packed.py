@@ -9,7 +9,7 @@ import copy
 import importlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gossamer.parts.stored import Kernel, Stored
 CODECS: dict[str, str] = {
     "uniform": "gossamer.parts.grids:QTensor",
     "sparse": "gossamer.parts.sparse:SparseTensor",
+    "seeded": "gossamer.parts.seeded:SeededTensor",
     "binary": "gossamer.parts.binary_kernels:BinaryTensor",
     "fixed-point": "gossamer.parts.fixed_point:FixedPointTensor",
     "codebook": "gossamer.parts.codebook:CodebookTensor",
@@ -43,11 +44,13 @@ class PackedNetwork:
         tensors: encoded tensors by name.
         plain: everything else (batch-norm statistics, skipped parameters) by name.
         ties: names that share another name's tensor.
+        about: JSON values kept in the file's header.
     """
 
     tensors: Mapping[str, Stored]
     plain: Mapping[str, Tensor]
     ties: Mapping[str, str]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, network: nn.Module, tensors: Mapping[str, Stored]) -> PackedNetwork:
@@ -195,6 +198,8 @@ class PackedNetwork:
         for name, tensor in self.plain.items():
             tensors[f"={name}"] = tensor.detach().cpu().contiguous().clone()
         header = {"tensors": records, "ties": dict(self.ties)}
+        if self.about:
+            header["about"] = dict(self.about)
         write_tensors(Path(path), tensors, {"gossamer": json.dumps(header, separators=(",", ":"))})
 
     @classmethod
@@ -217,6 +222,7 @@ class PackedNetwork:
                 tensors[str(name)] = _codec(codec).restore(record, arrays)
             plain = {name[1:]: t for name, t in held.items() if name.startswith("=")}
             ties = {str(name): str(other) for name, other in header["ties"].items()}
+            about = dict(header.get("about", {}))
             unknown = [other for other in ties.values() if other not in tensors | plain]
             if unknown:
                 raise InputError(f"{path} ties a name to {unknown[0]}, which it does not hold")
@@ -235,7 +241,7 @@ class PackedNetwork:
             OverflowError,
         ) as error:
             raise InputError(f"{path} is not a packed network, or it is damaged") from error
-        return cls(tensors, plain, ties)
+        return cls(tensors, plain, ties, about)
 
 
 class _Call(nn.Module):

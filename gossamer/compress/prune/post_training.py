@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -201,22 +201,38 @@ class LayerInputs:
 
     def gram(self, name: str, inputs: Sequence[tuple[Any, ...]]) -> Tensor:
         """X X^T of one weight's inputs, float64 ``[inputs, inputs]``, summed over all of them."""
-        wanted = {node.name for node in self.places[name]}
         weight = dict(self.network.program.named_parameters())[name]
         total = torch.zeros(weight[0].numel(), weight[0].numel(), dtype=torch.float64)
+        self.visit([name], inputs, lambda _, rows: total.add_(rows.T @ rows))
+        return total
+
+    def visit(
+        self,
+        names: Collection[str],
+        inputs: Iterable[tuple[Any, ...]],
+        see: Callable[[str, Tensor], Any],
+    ) -> None:
+        """Runs the network and shows what weights are multiplied with.
+
+        Args:
+            names: of the weights.
+            inputs: of the network, batch by batch.
+            see: called with a weight's name and its inputs ``[rows, inputs]``, float64.
+        """
+        wanted = {node.name: name for name in names for node in self.places[name]}
+        weights = dict(self.network.program.named_parameters())
 
         class Watching(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 if n.name in wanted:
                     args, kwargs = self.fetch_args_kwargs_from_env(n)
-                    rows = _rows(args[0], weight, args[2:], kwargs)
-                    total.add_(rows.T @ rows)
+                    name = wanted[n.name]
+                    see(name, _rows(args[0], weights[name], args[2:], kwargs))
                 return super().run_node(n)
 
         with evaluating(self.network):
             for batch in inputs:
                 Watching(self.network.program).run(*batch, False)
-        return total
 
 
 def _rows(x: Tensor, weight: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
