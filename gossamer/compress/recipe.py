@@ -57,6 +57,7 @@ STEPS: dict[str, str] = {
     "fixed-point": "gossamer.compress.quantize.fixed_point:fixed_point",
     "codebook": "gossamer.compress.quantize.codebooks:codebook",
     "binarize": "gossamer.compress.quantize.binary:binarize",
+    "quantize-lm": "gossamer.compress.quantize.language_models:quantize_lm",
     "delta": "gossamer.compress.delta:delta",
     "merge": "gossamer.compress.delta:merge",
     "anchored-finetune": "gossamer.compress.delta:anchored_finetune",
