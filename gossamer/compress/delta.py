@@ -778,7 +778,8 @@ class OutputChange:
             self.wanted = [self._answer(module, batch) for batch in self.inputs]
 
     def _answer(self, module: nn.Module, batch: tuple[Any, ...]) -> Tensor:
-        if self.measure == "hidden" and hasattr(module, "config"):
+        config = getattr(module, "config", None)
+        if self.measure == "hidden" and hasattr(config, "output_hidden_states"):
             return module(*batch, output_hidden_states=True).hidden_states[-1]
         return logits_of(module(*batch))
 
@@ -1414,7 +1415,7 @@ def merge(
         method: "dare" drops entries of each delta and chooses one q for the merged network;
             "task-arithmetic" and "ties" choose a common factor in the same way; "average" has none.
         drop: drop rate of "dare".
-        weights: of this network and the others. Default: all equal.
+        weights: of this network and the others, relative to each other. Default: all equal.
         density: share that "ties" keeps.
         masks: mask seeds over which q is averaged.
         seed: of the masks.
@@ -1445,7 +1446,10 @@ def merge(
         load_into(module, {n: tensor for n, tensor in held.items() if n in known})
         modules.append(module)
     deltas = [Delta.from_models(before, module, exclude=()) for module in modules]
-    common = list(weights) if weights is not None else [1.0 / len(deltas)] * len(deltas)
+    given = [1.0] * len(deltas) if weights is None else list(weights)
+    if len(given) != len(deltas) or not sum(given) > 0.0:
+        raise InputError(f"{len(deltas)} networks need as many weights of a positive sum")
+    common = [weight / sum(given) for weight in given]
 
     def merged(factor: float, mask: int = 0) -> Delta:
         by = [factor * w for w in common]

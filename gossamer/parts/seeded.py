@@ -51,16 +51,23 @@ def random_kept(shape: Sequence[int], threshold: int, key: int, unit: Unit = "en
         key: see :func:`key_of`.
         unit: what is drawn.
     """
-    shape = tuple(shape)
-    drawn = shape
+    return _drawn(tuple(shape), threshold, key, unit).expand(tuple(shape))
+
+
+def _units(shape: tuple[int, ...], unit: Unit) -> tuple[int, ...]:
+    """Shape of what is drawn; it spreads over ``shape``."""
     if len(shape) > 1 and unit == "rows":
-        drawn = (shape[0],) + (1,) * (len(shape) - 1)
-    elif len(shape) > 1 and unit == "columns":
-        drawn = (1, *shape[1:])
-    count = math.prod(drawn)
+        return (shape[0],) + (1,) * (len(shape) - 1)
+    if len(shape) > 1 and unit == "columns":
+        return (1, *shape[1:])
+    return shape
+
+
+def _drawn(shape: tuple[int, ...], threshold: int, key: int, unit: Unit) -> Tensor:
+    units = _units(shape, unit)
+    count = math.prod(units)
     words = np.random.Philox(key=key).random_raw(-(-count // 2)).astype("<u8").view("<u4")[:count]
-    kept = torch.from_numpy(words.astype(np.int64) < threshold)
-    return kept.view(drawn).expand(shape)
+    return torch.from_numpy(words.astype(np.int64) < threshold).view(units)
 
 
 @dataclass(frozen=True)
@@ -138,10 +145,11 @@ class SeededTensor(Stored):
             raise ValueError(record)
         if divisor.dtype != torch.float32 or divisor.shape not in ((1,), (shape[0],)):
             raise ValueError("there is not one divisor, nor one for each row")
-        # A drawing far from the expected number cannot be meant; and it bounds the memory taken.
-        if math.prod(shape) > 1000 + 1000 * values.numel() * max(1, 2**32 // max(1, threshold)):
+        units = math.prod(_units(shape, unit))
+        # Far more units than values were never meant; and this bounds what is drawn.
+        if units > (1 << 20) * (1 + values.numel()):
             raise ValueError("there are not as many values as were kept")
-        count = int(random_kept(shape, threshold, key, unit).sum())
+        count = int(_drawn(shape, threshold, key, unit).sum()) * (math.prod(shape) // units)
         if values.shape != (count,) or not values.is_floating_point():
             raise ValueError("there are not as many values as were kept")
         return cls(values, divisor, threshold, key, unit, shape)

@@ -219,6 +219,33 @@ def test_whole_rows_or_columns_go(method: Any) -> None:
     assert torch.equal(stored.tensor("1.weight") != 0, kept)
 
 
+def test_a_tensor_of_which_nothing_stays_is_read_back(tmp_path: Path) -> None:
+    base, tuned = pair(widths=(64, 200, 10))
+    sparse = drawn(base, tuned).drop(0.9999, method="rows", seed=1)
+    assert sparse.stored < 10
+    sparse.save(tmp_path / "delta")
+    loaded = SparseDelta.load(tmp_path / "delta")
+    assert all(torch.equal(loaded.tensor(n), sparse.tensor(n)) for n in sparse.names)
+
+
+def test_stored_values_that_do_not_fit_their_seed_are_refused() -> None:
+    whole = SeededTensor.of(torch.arange(40.0), 0.5, divisor=0.5, seed=1, name="w")
+    shape, threshold, key, unit = whole.record()
+    arrays = whole.arrays()
+    assert torch.equal(SeededTensor.restore(whole.record(), arrays).decode(), whole.decode())
+    wrong: list[tuple[Any, dict[str, torch.Tensor]]] = [
+        ([shape, threshold, key + 1, unit], arrays),
+        ([shape, -1, key, unit], arrays),
+        ([shape, threshold, key, "diagonals"], arrays),
+        ([(1 << 39,), threshold, key, unit], arrays),
+        ([shape, threshold, key, unit], arrays | {"v": arrays["v"][1:]}),
+        ([shape, threshold, key, unit], arrays | {"q": torch.ones(3)}),
+    ]
+    for record, held in wrong:
+        with pytest.raises(ValueError):
+            SeededTensor.restore(record, held)
+
+
 # Files
 
 
