@@ -348,6 +348,22 @@ def test_recipes_and_budgets(refused: Refused, tmp_path: Path) -> None:
         ("finetune: {batch_size: 0}", "batches of 1 sample or more"),
         ("prune: {macs: 2.0}", "share in (0, 1]"),
         ("prune: {criterion: best}", "there is no best"),
+        ("sparsify: {sparsity: 1.0}", "share in [0, 1)"),
+        ("sparsify: {sparsity: -0.5}", "share in [0, 1)"),
+        ("sparsify: {skip: [head]}", "no part 'head'"),
+        ("rate-distortion: {samples: 0}", "1 sample or more"),
+        ("bip: {sparsity: 2.0}", "share in [0, 1)"),
+        ("hydra: {granularity: block}", "cannot be 'block'"),
+        ("activating-pruning: {rate: 0.1, ap_rate: 0.2}", "of which activation is a part"),
+        ("adaptive-pruning: {p: 2.0}", "p < q"),
+        ("prune-after-training: {n_of_m: '4:2'}", "0 < n < m"),
+        ("dynamic-sparse: {sparsity: 1.0}", "share in [0, 1)"),
+        ("movement: {warm: 0.9, cool: 0.9}", "no room"),
+        ("low-rank: {rank: 0.5, macs: 0.5}", "one"),
+        ("svd: {rank: 0.0}", "0"),
+        ("codebook: {entries: 1}", "1"),
+        ("fixed-point: {method: none}", "cannot be 'none'"),
+        ("binarize: {algorithm: best}", "best"),
     ],
 )
 def test_options_that_no_step_can_use(
@@ -356,10 +372,44 @@ def test_options_that_no_step_can_use(
     from gossamer import open_task, shrink
     from gossamer.compress.recipe import Recipe
 
-    recipe = Recipe.from_yaml(f"steps:\n- {step}")
     with pytest.raises(GossamerError) as caught:
+        recipe = Recipe.from_yaml(f"steps:\n- {step}")
         shrink(good, open_task(here / "photos"), recipe=recipe, out=tmp_path / "out")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["sparsify", "rate-distortion", "bip", "prune-after-training", "svd", "codebook", "binarize",
+     "fixed-point"],
+)  # fmt: skip
+def test_a_network_with_nothing_to_prune(here: Path, tmp_path: Path, step: str) -> None:
+    from gossamer import open_task
+    from gossamer.compress.recipe import Step
+    from gossamer.core.network import Network
+
+    task = open_task(here / "photos")
+    empty = Network(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), task.example_inputs)
+    with pytest.raises(GossamerError) as caught:
+        Step(step).apply(empty, task, teacher=empty, cpu=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_packed_file(here: Path, tmp_path: Path, good: nn.Module) -> None:
+    from gossamer import open_task, shrink
+    from gossamer.compress.deploy import packed_runner
+    from gossamer.compress.recipe import Recipe
+
+    recipe = Recipe.from_yaml("steps:\n- sparsify: {sparsity: 0.8, rounds: 1, epochs: 0}")
+    out = tmp_path / "out"
+    shrink(good, open_task(here / "photos"), recipe=recipe, out=out)
+    packed_runner(out)
+    packed = out / "packed.safetensors"
+    whole = packed.read_bytes()
+    for length in (0, 7, 60, len(whole) // 2, len(whole) - 1):
+        packed.write_bytes(whole[:length])
+        with pytest.raises(GossamerError, match="not a packed network, or it is damaged"):
+            packed_runner(out)
 
 
 def test_a_budget_that_cannot_be_met(refused: Refused, tmp_path: Path, good: nn.Module) -> None:

@@ -1163,6 +1163,8 @@ def fixed_point(
     if len(lookback) != 2 or len(resolution) != 2 or (inputs is not None and len(inputs) != 2):
         raise InputError("lookback, resolution and inputs are pairs of whole numbers")
     activations = None if inputs is None else FixedPoint(*inputs)
+    if not any(p.ndim > 1 for p in network.module.parameters()):
+        raise InputError("the network has no weight tensors that fixed point could store")
     module = copy.deepcopy(network.module)
     masks = Masks.of_zeros(network, module)
     if restart:
