@@ -61,6 +61,7 @@ STEPS: dict[str, str] = {
     "delta": "gossamer.compress.delta:delta",
     "merge": "gossamer.compress.delta:merge",
     "anchored-finetune": "gossamer.compress.delta:anchored_finetune",
+    "mgd": "gossamer.compress.segmentation_distillation:mgd",
     "int8": "gossamer.compress.quantize.post_training:int8",
 }
 """Where each step lives; imported when a recipe uses it."""

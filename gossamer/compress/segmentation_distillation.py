@@ -11,9 +11,11 @@ running statistics drift although their weights are frozen.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,10 +24,16 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from gossamer.core.errors import InputError
-from gossamer.core.fit import Log, Rule
-from gossamer.core.segmentation import IGNORED, pixel_cross_entropy
-from gossamer.core.task import Batch, logits_of
+from gossamer.core.fit import Log, Rule, fit
+from gossamer.core.graph import GraphNetwork
+from gossamer.core.network import Network
+from gossamer.core.saved import load_network
+from gossamer.core.segmentation import IGNORED, Segmentation, pixel_cross_entropy
+from gossamer.core.task import Batch, Task, logits_of, seed_of
+from gossamer.datasets.segmentation import labelled_rows
+from gossamer.models.segmentation import segmentation_network
 from gossamer.parts.distillation import frozen_teacher
+from gossamer.parts.masks import Masks
 from gossamer.parts.taps import tapped
 
 Term = Literal["labelled", "unlabelled", "image", "region"]
@@ -488,3 +496,169 @@ class Imitation(SemiSupervised):
                     loss = variation_imitation(maps, goal, classes, self.classes)
             terms[name] = self.weight * loss
         return terms
+
+
+def feature_layer(network: nn.Module) -> str | None:
+    """The layer whose maps are compared: ``decoder``, or None (the logits) where there is none.
+
+    A network that was pruned or read from a folder runs as a graph, which has no layers.
+    """
+    if isinstance(network, GraphNetwork):
+        return None
+    return "decoder" if "decoder" in dict(network.named_children()) else None
+
+
+def semi_supervised_tasks(
+    task: Segmentation, share: float, seed: int = 0
+) -> dict[str, Segmentation]:
+    """The tasks of a rule: labels for a share of the training images, none for the others.
+
+    The larger part comes first, so that an epoch is one pass over it.
+
+    Raises:
+        InputError: if either part would be empty.
+    """
+    labelled, rest = labelled_rows(task.size("train"), share, seed)
+    few = task.subset("train", labelled)
+    hidden = task.subset("train", rest, labelled=False)
+    if len(labelled) > len(rest):
+        return {"labelled": few, "unlabelled": hidden, "other": hidden}
+    return {"unlabelled": hidden, "other": hidden, "labelled": few}
+
+
+def mgd(
+    network: Network,
+    task: Task,
+    *,
+    wide: str = "unet:48x2",
+    deep: str = "unet:16x5",
+    labelled: float = 0.125,
+    teacher_epochs: int = 34,
+    teacher_lr: float = 0.05,
+    cps_weight: float = 1.0,
+    epochs: int = 34,
+    batch_size: int = 16,
+    lr: float = 0.005,
+    lambda_img: float = 0.002,
+    lambda_reg: float = 100.0,
+    region: int = 7,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    cpu: bool = False,
+) -> Network:
+    """Trains a segmentation network under a wide and a deep teacher (a step of a recipe).
+
+    Weights that an earlier step pruned stay zero.
+
+    Args:
+        network: the student; unchanged.
+        task: its data, a :class:`gossamer.core.segmentation.Segmentation`.
+        wide: the wide teacher: a folder with a network that gossamer wrote, or the name of one
+            that is trained first, see :func:`gossamer.models.segmentation.segmentation_network`.
+        deep: the deep teacher, likewise.
+        labelled: share of the training images whose labels are used.
+        teacher_epochs: of training teachers by cross pseudo supervision.
+        teacher_lr: learning rate of that.
+        cps_weight: of the pseudo-labels in that.
+        epochs: passes over the larger of the labelled and the unlabelled part.
+        batch_size: images a batch, of each part.
+        lr: learning rate at the start; falls polynomially.
+        lambda_img: of the image-level loss.
+        lambda_reg: of the region-level loss.
+        region: regions a side.
+        seed: of labels, order and fresh teachers.
+        checkpoint: file that holds the run's state; an interrupted run resumes from it.
+        cpu: stay on the CPU although there is a GPU.
+
+    Returns:
+        The trained student.
+
+    Raises:
+        InputError: if the task has no masks, an option is out of range, or a teacher is unknown.
+    """
+    if not isinstance(task, Segmentation):
+        raise InputError(f"mgd needs a segmentation task, and {task.name} is none")
+    if min(lr, teacher_lr) <= 0.0 or cps_weight < 0.0 or teacher_epochs < 0:
+        raise InputError(
+            "mgd needs learning rates above 0 and cps_weight and teacher_epochs of 0 or more, not "
+            f"{lr:g}, {teacher_lr:g}, {cps_weight:g} and {teacher_epochs}"
+        )
+    tasks = semi_supervised_tasks(task, labelled, seed)
+    student = copy.deepcopy(network.module)
+    masks = Masks.of_zeros(network, student)
+
+    def beside(part: str) -> Path | None:
+        return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.{part}")
+
+    def fresh(name: str, *parts: str) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of("teacher", *parts, seed))
+            return segmentation_network(
+                name, channels=task.preprocess.channels, classes=len(task.classes)
+            )
+
+    def teacher(name: str, kind: str) -> nn.Module:
+        if Path(name).is_dir():
+            return load_network(Path(name))[0]
+        one = fresh(name, kind, "one")
+        fit(
+            CPS(one, fresh(name, kind, "two"), weight=cps_weight, lr=teacher_lr),
+            tasks,
+            epochs=teacher_epochs,
+            batch_size=batch_size,
+            seed=seed_of(kind, seed),
+            checkpoint=beside(kind),
+            cpu=cpu,
+            title=f"training the {kind} teacher",
+        )
+        return one
+
+    broad, tall = teacher(wide, "wide"), teacher(deep, "deep")
+    layers = feature_layer(student), feature_layer(broad)
+    rule = MGD(
+        student,
+        broad,
+        tall,
+        lambda_img=lambda_img,
+        lambda_reg=lambda_reg,
+        region=region,
+        feature=layers[0],
+        wide_feature=layers[1],
+        lr=lr,
+        after_step=masks.hold_weights,
+    )
+    history = fit(
+        rule,
+        tasks,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        checkpoint=checkpoint,
+        cpu=cpu,
+        title="distilling at three granularities",
+    )
+    options = {
+        "wide": wide,
+        "deep": deep,
+        "labelled": labelled,
+        "teacher_epochs": teacher_epochs,
+        "teacher_lr": teacher_lr,
+        "cps_weight": cps_weight,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "lambda_img": lambda_img,
+        "lambda_reg": lambda_reg,
+        "region": region,
+        "seed": seed,
+    }
+    report = {
+        "loss": history.loss[-1] if history.loss else None,
+        "labelled images": tasks["labelled"].size("train"),
+        "region features": {"student": layers[0] or "logits", "wide": layers[1] or "logits"},
+        "teacher validation scores": {
+            "wide": task.score(broad, "validation"),
+            "deep": task.score(tall, "validation"),
+        },
+    }
+    return network.after("mgd", options, report, module=student.cpu(), **masks.stored())

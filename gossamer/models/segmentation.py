@@ -5,7 +5,8 @@ Each has a layer ``decoder`` whose output is the feature map that the last layer
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -192,3 +193,19 @@ class DeepLab(nn.Module):
         wide = interpolate(self.pyramid(coarse), size=fine.shape[2:], mode="bilinear")
         maps = self.decoder(torch.cat((self.low(fine), wide), 1))
         return interpolate(self.classifier(maps), size=images.shape[2:], mode="bilinear")
+
+
+def segmentation_network(name: str, *, channels: int, classes: int) -> nn.Module:
+    """Builds a network by name: ``unet:WIDTHxDEPTH`` or ``deeplab:BACKBONE``.
+
+    Raises:
+        InputError: if the name is neither.
+    """
+    if found := re.fullmatch(r"unet:(\d{1,4})x(\d{1,2})", name):
+        width, depth = map(int, found.groups())
+        return UNet(channels, classes, width=width, depth=depth)
+    if name.startswith("deeplab:"):
+        return DeepLab(channels, classes, backbone=cast(Backbone, name.removeprefix("deeplab:")))
+    raise InputError(
+        f"{name!r:.60} is no segmentation network; write unet:WIDTHxDEPTH or deeplab:BACKBONE"
+    )

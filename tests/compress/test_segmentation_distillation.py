@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import gossamer
+from gossamer.compress.recipe import Recipe
 from gossamer.compress.segmentation_distillation import (
     CPS,
     MGD,
@@ -21,6 +24,7 @@ from gossamer.compress.segmentation_distillation import (
     hard_pixel_cross_entropy,
     image_level_loss,
     logit_imitation,
+    mgd,
     mixed,
     region_level_loss,
     region_similarity,
@@ -28,6 +32,8 @@ from gossamer.compress.segmentation_distillation import (
 )
 from gossamer.core.errors import InputError
 from gossamer.core.fit import fit
+from gossamer.core.network import Network
+from gossamer.core.saved import save_network
 from gossamer.core.segmentation import IGNORED, Segmentation, pixel_cross_entropy
 from gossamer.core.task import Preprocess
 from gossamer.models.segmentation import UNet
@@ -278,3 +284,40 @@ def test_imitations_bring_student_and_teacher_together(kind: Imitated) -> None:
         optimizer.step()
         apart.append(loss.item())
     assert apart[-1] < 0.5 * apart[0]
+
+
+def test_the_step_works_inside_shrink(tmp_path: Path) -> None:
+    given = blocks()
+    student = unet(0)
+    before = copy.deepcopy(student.state_dict())
+    save_network(tmp_path / "wide", unet(7, 8).eval(), given.example_inputs)
+    options = {
+        "wide": str(tmp_path / "wide"),
+        "deep": "unet:4x2",
+        "labelled": 0.25,
+        "teacher_epochs": 1,
+        "epochs": 2,
+        "batch_size": 8,
+    }
+    shrunk = gossamer.shrink(
+        student, given, recipe=Recipe.of(("mgd", options)), out=tmp_path / "out", cpu=True
+    )
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    (record,) = shrunk.network.steps
+    assert record["step"] == "mgd" and record["report"]["labelled images"] == 6
+    assert record["report"]["region features"] == {"student": "decoder", "wide": "logits"}
+    images = given.example_inputs[0]
+    with torch.no_grad():
+        change = shrunk.network.module.eval()(images) - student.eval()(images)
+    assert float(change.abs().max()) > 1e-3
+
+
+def test_bad_options_are_refused_in_a_sentence() -> None:
+    given = blocks()
+    network = Network(unet(0), given.example_inputs)
+    with pytest.raises(InputError, match="both parts need some"):
+        mgd(network, given, labelled=1.0)
+    with pytest.raises(InputError, match="learning rates above 0"):
+        mgd(network, given, lr=0.0)
+    with pytest.raises(InputError, match="is no segmentation network"):
+        mgd(network, given, wide="resnet")
