@@ -29,7 +29,6 @@ from gossamer.models.plain import ConvNet, mlp
 from gossamer.models.resnet import cifar_resnet
 from gossamer.parts.masks import Masks, multiplied_weights
 
-
 CONTENDERS: tuple[tuple[str, float, Sign], ...] = (
     ("without", 0.0, "negative"),
     ("with activation", 0.02, "negative"),
