@@ -36,15 +36,18 @@ def uniform_plus(
 ) -> dict[str, int]:
     """The first layer dense, the last keeps a fifth or more, the others alike.
 
-    Where the budget is too small for that, the first layer gives way first.
+    Both ends together take half of what stays at most: at extreme sparsity the first layer gives
+    way first, so that the layers between are not emptied for it.
     """
     names = list(weights)
     total = sum(w.numel() for w in weights.values())
     fixed: dict[str, int] = {}
     if len(names) > 2:
         first, last = weights[names[0]].numel(), weights[names[-1]].numel()
-        fixed[names[-1]] = min(round(max(0.2, keep / total) * last), keep)
-        fixed[names[0]] = min(first, keep - fixed[names[-1]])
+        # What does not fit between the ends has to stay in them.
+        ends = max(keep // 2, keep - (total - first - last))
+        fixed[names[-1]] = min(round(max(0.2, keep / total) * last), ends)
+        fixed[names[0]] = min(first, ends - fixed[names[-1]])
     rest = {name: w for name, w in weights.items() if name not in fixed}
     found = filled(rest, {name: 1.0 for name in rest}, keep - sum(fixed.values()))
     return {name: fixed[name] if name in fixed else found[name] for name in names}

@@ -78,6 +78,9 @@ def test_uniform_plus_spares_the_ends() -> None:
     assert found["a"] == 100 and found["d"] == 10
     assert (found["b"], found["c"]) == (127, 63)
     assert sum(found.values()) == 300
+    # At extreme sparsity the ends leave half to the layers between.
+    thin = ALLOCATIONS["uniform+"](weights, {}, 60)
+    assert thin == {"a": 20, "b": 20, "c": 10, "d": 10}
 
 
 @given(
