@@ -34,7 +34,8 @@ from gossamer.core.fit import Supervised, fit, sgd, warm_cosine
 from gossamer.core.graph import Graph, layer_table
 from gossamer.core.network import Network
 from gossamer.core.saved import GRAPH_FILE, WEIGHTS_FILE, load_network, save_network
-from gossamer.core.task import Classification, Task, evaluating
+from gossamer.core.segmentation import Segmentation
+from gossamer.core.task import Labelled, Task, evaluating
 from gossamer.hardware.measure import compare, measure, peak_memory_of
 from gossamer.parts.packed import PackedNetwork
 
@@ -382,7 +383,7 @@ class _Job:
         return bool(good and all(checks["surgery"])), checks
 
     def _classes(self, files: Mapping[str, Path]) -> dict[str, Any]:
-        if not isinstance(self.task, Classification):
+        if not isinstance(self.task, Labelled | Segmentation):
             return {}
         split = "test" if self.task.size("test") else "validation"
         return {name: self.task.class_scores(OnnxRunner(f), split) for name, f in files.items()}
