@@ -31,8 +31,7 @@ from torch.optim import Optimizer
 
 from gossamer.core.errors import BudgetError, InputError, UnsupportedError
 from gossamer.core.fit import Log, Rule, Supervised, constant, fit
-from gossamer.core.graph import Graph, GraphNetwork, level_of, op_name
-from gossamer.core.label_rules import argument
+from gossamer.core.graph import Graph, GraphNetwork, argument, level_of, op_name
 from gossamer.core.network import Network
 from gossamer.core.task import Batch, Task, device_of, logits_of, seed_of, to_device
 from gossamer.parts.batchnorm import recalibrate_on

@@ -556,7 +556,8 @@ def _attach(root: nn.Module, name: str, tensor: Tensor, kind: str) -> None:
 # Multiply-accumulates of one sample ---------------------------------------------------------
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a node, given by position or by name."""
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)

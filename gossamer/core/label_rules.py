@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from gossamer.core.graph import Graph, Shape, line_of, op_name
+from gossamer.core.graph import Graph, Shape, argument, line_of, op_name
 from gossamer.core.labels import Labels, Vector
 
 AxisLabels = list[Vector | None]
@@ -192,13 +192,6 @@ def _is_pointwise(target: Any) -> bool:
             torch.Tag.pointwise in getattr(functional, o).tags for o in functional.overloads()
         )
     return False
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a node, given by position or by name."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
 
 
 Rule = Callable[[Propagation, fx.Node], Any]

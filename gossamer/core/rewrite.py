@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from gossamer.core.dependency import Dependency
-from gossamer.core.graph import Graph, op_name
-from gossamer.core.label_rules import BATCH, argument, slice_of
+from gossamer.core.graph import Graph, argument, op_name
+from gossamer.core.label_rules import BATCH, slice_of
 
 aten = torch.ops.aten
 

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from gossamer.core.dependency import Dependency
-from gossamer.core.graph import op_name
-from gossamer.core.label_rules import argument
+from gossamer.core.graph import argument, op_name
 
 _TINY = 1e-9
 

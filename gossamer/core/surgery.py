@@ -23,8 +23,7 @@ from torch.utils import _pytree as pytree
 
 from gossamer.core.dependency import Dependency, Removal
 from gossamer.core.errors import InputError, UnsupportedError
-from gossamer.core.graph import Graph, GraphNetwork, module_of, op_name
-from gossamer.core.label_rules import argument
+from gossamer.core.graph import Graph, GraphNetwork, argument, module_of, op_name
 from gossamer.core.rewrite import Rewrite
 from gossamer.core.silence import Doubled, Silenced, silenced_tensors
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from gossamer.core.errors import InputError
 from gossamer.core.files import write_tensors
 from gossamer.core.graph import Graph, GraphNetwork, level_of
+from gossamer.parts.padding import padded, pair
 from gossamer.parts.stored import Kernel, Stored
 
 CODECS: dict[str, str] = {
@@ -264,14 +265,8 @@ class _Call(nn.Module):
     ) -> Tensor:
         if self.operator == "linear":
             return self.kernel.linear(x, bias)
-        stride, dilation = (list(v) * (3 - len(v)) for v in (stride, dilation))
-        around = [0, 0]
-        if padding == "same":
-            total = [d * (k - 1) for d, k in zip(dilation, self.side, strict=True)]
-            around = [t // 2 for t in total]
-            x = nn.functional.pad(x, (0, total[1] % 2, 0, total[0] % 2))
-        elif not isinstance(padding, str):
-            around = list(padding) * (3 - len(padding))
+        stride, dilation = pair(stride), pair(dilation)
+        x, around = padded(x, self.side, padding, dilation)
         return self.kernel.conv2d(x, bias, stride, around, dilation, groups)
 
 

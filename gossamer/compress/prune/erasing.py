@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gossamer.core.errors import InputError, UnsupportedError
-from gossamer.core.graph import Graph, GraphNetwork, op_name
+from gossamer.core.graph import Graph, GraphNetwork, argument, op_name
 
 
 @dataclass(frozen=True)
@@ -547,10 +547,9 @@ def _zero_makes_zero(chain: Sequence[fx.Node], parameters: Mapping[fx.Node, list
 
 
 def _has_bias(node: fx.Node) -> bool:
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    return bias is not None
+    return argument(node, 2, "bias") is not None
 
 
 def _groups(node: fx.Node) -> int:
-    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    groups = argument(node, 6, "groups", 1)
     return groups if isinstance(groups, int) else 1

@@ -24,10 +24,11 @@ from gossamer.compress.prune.rate_distortion import calibration_inputs
 from gossamer.compress.prune.sparsify import check_sparsity, pruned_so_far, sparse_network
 from gossamer.compress.prune.weight_scores import largest
 from gossamer.core.errors import InputError
-from gossamer.core.graph import Graph, op_name
+from gossamer.core.graph import Graph, argument, op_name
 from gossamer.core.network import Network
 from gossamer.core.progress import progress
 from gossamer.core.task import Task, evaluating
+from gossamer.parts.padding import padded, pair
 
 log = logging.getLogger(__name__)
 
@@ -195,8 +196,8 @@ class LayerInputs:
             if node.op != "call_function" or op_name(node.target) not in ("conv2d", "linear"):
                 continue
             weight = node.args[1]
-            groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-            if isinstance(weight, fx.Node) and weight.target in names and groups == 1:
+            plain = argument(node, 6, "groups", 1) == 1
+            if isinstance(weight, fx.Node) and weight.target in names and plain:
                 self.places.setdefault(str(weight.target), []).append(node)
 
     def gram(self, name: str, inputs: Sequence[tuple[Any, ...]]) -> Tensor:
@@ -241,14 +242,10 @@ def _rows(x: Tensor, weight: Tensor, rest: Sequence[Any], kwargs: Mapping[str, A
         return x.flatten(0, -2).double()
     names = ("bias", "stride", "padding", "dilation")
     given = dict(zip(names, rest, strict=False)) | dict(kwargs)
-    padding: Any = given.get("padding", 0)
-    dilation: Any = given.get("dilation", 1)
-    if isinstance(padding, str):
-        sides = tuple(weight.shape[2:])
-        d = dilation if isinstance(dilation, int) else dilation[0]
-        padding = [d * (s - 1) // 2 for s in sides] if padding == "same" else 0
+    dilation: Any = pair(given.get("dilation", 1))
+    x, around = padded(x, weight.shape[2:], given.get("padding", 0), dilation)
     patches = nn.functional.unfold(
-        x.double(), tuple(weight.shape[2:]), dilation=dilation, padding=padding,
+        x.double(), tuple(weight.shape[2:]), dilation=dilation, padding=tuple(around),
         stride=given.get("stride", 1),
     )  # fmt: skip
     return patches.transpose(1, 2).flatten(0, 1)

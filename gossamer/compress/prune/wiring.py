@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from gossamer.core.graph import Graph, module_of, op_name
+from gossamer.core.graph import Graph, argument, module_of, op_name
 
 _SAME_CHANNELS = frozenset({
     "batch_norm", "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "gelu", "silu",
@@ -97,11 +97,10 @@ def _products(graph: Graph) -> Iterator[tuple[fx.Node, str]]:
         if node.op != "call_function" or op_name(node.target) not in ("conv2d", "linear"):
             continue
         weight = node.args[1]
-        if isinstance(weight, fx.Node) and weight.op == "get_attr":
-            # A grouped convolution's input channels are not the columns of its weight.
-            groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-            if groups == 1:
-                yield node, str(weight.target)
+        # A grouped convolution's input channels are not the columns of its weight.
+        plain = argument(node, 6, "groups", 1) == 1
+        if plain and isinstance(weight, fx.Node) and weight.op == "get_attr":
+            yield node, str(weight.target)
 
 
 def _rectified(graph: Graph) -> Iterator[tuple[fx.Node, str]]:

@@ -136,6 +136,19 @@ def test_gathered_inputs_are_those_of_the_layers() -> None:
     assert not torch.allclose(watched.gram("5.weight", [(x,)]), hidden.T @ hidden)
 
 
+@pytest.mark.parametrize("padding", [0, (2, 1), "same", "valid"])
+def test_patches_are_what_the_convolution_multiplies(padding: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, (4, 3), padding=padding, dilation=(1, 2), bias=False)
+    x = torch.randn(3, 2, 9, 8)
+    seen: list[torch.Tensor] = []
+    watched = LayerInputs(nn.Sequential(layer), (x,), ["0.weight"])
+    watched.visit(["0.weight"], [(x,)], lambda _, rows: seen.append(rows))
+    answers = seen[0] @ layer.weight.detach().double().flatten(1).T
+    expected = layer(x).detach().double().flatten(2).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(answers, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def task() -> Any:
     torch.set_num_threads(1)
