@@ -140,15 +140,10 @@ def shrink(
     """
     from gossamer.compress.shrink import shrink as run
 
-    if model is None and data is None:
-        model, data = "gossamer_digits_resnet", "digits"
-        if recipe == "auto" and not any((macs, params, size, latency, max_drop)):
-            macs, size, max_drop = "0.5", "0.25", 1.0
-    if model is None or data is None:
-        raise InputError(
-            f"{'--data' if data is None else 'MODEL'} is missing; give both a MODEL and --data, or "
-            "neither for the embedded example"
-        )
+    asked = recipe != "auto" or any((macs, params, size, latency, max_drop))
+    if model is None and data is None and not asked:
+        macs, size, max_drop = "0.5", "0.25", 1.0
+    model, data = _both_or_embedded(model, data)
     task = _task(data, model, image_size=image_size, seed=seed, limit=limit)
     network, trained, origin = _network(model, task, weights, seed=seed)
     result = run(
@@ -215,13 +210,7 @@ def compare(
     from gossamer.compress.compare import compare as run
     from gossamer.compress.recipe import Recipe
 
-    if model is None and data is None:
-        model, data = "gossamer_digits_resnet", "digits"
-    if model is None or data is None:
-        raise InputError(
-            f"{'--data' if data is None else 'MODEL'} is missing; give both a MODEL and --data, or "
-            "neither for the embedded example"
-        )
+    model, data = _both_or_embedded(model, data)
     read = {}
     for path in recipes:
         if path.stem in read:
@@ -278,6 +267,18 @@ def _show_comparison(result: dict[str, Any], out: Path) -> None:
         "and MACs together"
     )
     console.print(f"written to {out}: compare.json, compare.png", style="bold")
+
+
+def _both_or_embedded(model: str | None, data: str | None) -> tuple[str, str]:
+    """What was given, or the example that is embedded where nothing was."""
+    if model is None and data is None:
+        return "gossamer_digits_resnet", "digits"
+    if model is None or data is None:
+        raise InputError(
+            f"{'--data' if data is None else 'MODEL'} is missing; give both a MODEL and --data, or "
+            "neither for the embedded example"
+        )
+    return model, data
 
 
 def _task(data: str, model: str, *, image_size: int | None, seed: int, limit: int | None) -> Task:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ import numpy as np
 from torch import nn
 
 from gossamer.compress.deploy import deploy, packed_runner
+from gossamer.compress.front import undominated
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.shrink import dense_network, fingerprint_of, refuse_unusable
 from gossamer.compress.workspace import Workspace
 from gossamer.core.errors import GossamerError, InputError
-from gossamer.core.experiment import about
+from gossamer.core.experiment import about, half_width
 from gossamer.core.files import exclusive, whole_file, write_json
 from gossamer.core.graph import Graph
 from gossamer.core.network import Network
@@ -32,9 +32,6 @@ from gossamer.hardware.measure import compare as compare_timings
 from gossamer.hardware.measure import measure
 
 log = logging.getLogger(__name__)
-
-COSTS = ("deployed_bytes", "latency", "macs_effective")
-"""What the front weighs against the score; smaller is better."""
 
 
 def compare(
@@ -205,27 +202,23 @@ def _plain(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
 
-def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float] | None]:
+def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
     """Mean and half of the 95 % t-interval of every number over the seeds."""
-    from scipy.special import stdtrit
-
-    result: dict[str, list[float] | None] = {}
+    result: dict[str, tuple[float, float | None]] = {}
     for name in runs[0]:
         values = [run[name] for run in runs]
         if name == "seed" or any(value is None for value in values):
             continue
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-        half = float(stdtrit(len(values) - 1, 0.975)) * spread / math.sqrt(len(values)) if (
-            len(values) > 1
-        ) else None  # fmt: skip
-        result[name] = [float(np.mean(values)), half]  # type: ignore[list-item]
+        result[name] = (float(np.mean(values)), half_width(values))
     return result
 
 
 def _mark_front(results: Mapping[str, dict[str, Any]]) -> None:
     """Sets "on_front" on recipes that no other is better than in score and all costs together."""
     names = [name for name, record in results.items() if record["failed"] is None]
-    values = np.array(
+    for record in results.values():
+        record["on_front"] = False
+    front = undominated(
         [
             [
                 -results[name]["means"]["validation_score"][0],
@@ -235,12 +228,9 @@ def _mark_front(results: Mapping[str, dict[str, Any]]) -> None:
             ]
             for name in names
         ]
-    ).reshape(-1, 1 + len(COSTS))
-    for record in results.values():
-        record["on_front"] = False
-    for name, own in zip(names, values, strict=True):
-        beaten = (values <= own).all(1) & (values < own).any(1)
-        results[name]["on_front"] = not bool(beaten.any())
+    )
+    for name, is_on in zip(names, front, strict=True):
+        results[name]["on_front"] = is_on
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gossamer.compress.budget import Budget
 from gossamer.compress.deploy import Deployed, deploy
+from gossamer.compress.front import undominated
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.workspace import Workspace
 from gossamer.core.errors import BudgetError, GossamerError
@@ -433,9 +432,8 @@ def ranked(trials: Sequence[dict[str, Any]], max_drop: float | None) -> list[dic
 def mark_front(trials: Sequence[dict[str, Any]]) -> None:
     """Sets ``on_front`` on trials that no other beats in score, latency and bytes together."""
     points = [t for t in trials if t["score"] is not None]
-    values = np.array([[-t["score"], t["latency"], t["size"]] for t in points]).reshape(-1, 3)
     for trial in trials:
         trial["on_front"] = False
-    for trial, own in zip(points, values, strict=True):
-        beaten = (values <= own).all(1) & (values < own).any(1)
-        trial["on_front"] = not beaten.any()
+    front = undominated([[-t["score"], t["latency"], t["size"]] for t in points])
+    for trial, is_on in zip(points, front, strict=True):
+        trial["on_front"] = is_on

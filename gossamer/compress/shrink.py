@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from gossamer.compress.budget import Budget, Limit
+from gossamer.compress.deploy import packed_runner
 from gossamer.compress.planner import Planner, Timer
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.workspace import PACKED, Workspace
@@ -33,11 +34,10 @@ from gossamer.core.files import exclusive, load_state, read_json, save_state, wr
 from gossamer.core.fit import Supervised, fit, sgd, warm_cosine
 from gossamer.core.graph import Graph, layer_table
 from gossamer.core.network import Network
-from gossamer.core.saved import GRAPH_FILE, WEIGHTS_FILE, load_network, save_network
+from gossamer.core.saved import GRAPH_FILE, WEIGHTS_FILE, save_network
 from gossamer.core.segmentation import Segmentation
 from gossamer.core.task import Labelled, Task, evaluating
 from gossamer.hardware.measure import compare, measure, peak_memory_of
-from gossamer.parts.packed import PackedNetwork
 
 log = logging.getLogger(__name__)
 
@@ -339,8 +339,7 @@ class _Job:
         if small.packed is None:
             return None
         small.packed.save(stage / PACKED)
-        structure, inputs, _ = load_network(stage)
-        runner = PackedNetwork.load(stage / PACKED).runner(structure, inputs)
+        runner = packed_runner(stage)
         split = "test" if self.task.size("test") else "validation"
         timings = measure(
             {"before": copy.deepcopy(dense.module).eval(), "packed": runner},

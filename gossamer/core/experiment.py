@@ -83,8 +83,6 @@ class Claim:
 
     def judge(self, rows: Sequence[Row]) -> Evidence:
         """Computes the verdict from measured rows."""
-        from scipy.special import stdtrit  # scipy.stats would cost a second at the command line
-
         left = self.left.by_seed(rows)
         if isinstance(self.right, Pick):
             right = self.right.by_seed(rows)
@@ -101,14 +99,13 @@ class Claim:
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
         margin = self.beyond * error
         shifted = difference - margin if self.relation in (">=", ">") else difference + margin
-        half = float(stdtrit(len(values) - 1, 0.975)) * error if len(values) > 1 else None
         return Evidence(
             text=self.text,
             holds=_RELATIONS[self.relation](shifted, 0.0),
             left=float(np.mean([left[s] for s in seeds])),
             right=right_mean,
             difference=difference + self.offset,
-            half_width=half,
+            half_width=half_width(values),
             seeds=len(seeds),
         )
 
@@ -135,6 +132,16 @@ class Claim:
             beyond=float(value.get("beyond", 0.0)),
             paper=value.get("paper", ""),
         )
+
+
+def half_width(values: Sequence[float] | np.ndarray) -> float | None:
+    """Half of the 95 % t-interval of a mean; None for a single value."""
+    from scipy.special import stdtrit  # scipy.stats would cost a second at the command line
+
+    n = len(values)
+    if n < 2:
+        return None
+    return float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1) / math.sqrt(n))
 
 
 @dataclass(frozen=True)
