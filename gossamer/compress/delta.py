@@ -46,7 +46,6 @@ from gossamer.core.task import (
     device_of,
     evaluating,
     logits_of,
-    order_of,
     seed_of,
     to_device,
 )
@@ -1055,11 +1054,9 @@ class _Matching(Task):
         start: int = 0,
         shuffle: bool | None = None,
     ) -> Iterator[Batch]:
-        shuffle = split == "train" if shuffle is None else shuffle
-        order = order_of(self.size(split), shuffle, seed, epoch)
-        order = order + (0 if split == "train" else self.size("train"))
-        for at in range(start * batch_size, len(order), batch_size):
-            rows = torch.from_numpy(order[at : at + batch_size])
+        first = 0 if split == "train" else self.size("train")
+        for _, _, own in self.rows_of(split, batch_size, seed, epoch, start, shuffle):
+            rows = torch.from_numpy(own + first)
             yield tuple(x[rows] for x in self._inputs), self._wanted[rows]
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -93,13 +92,9 @@ class TextClassification(Labelled):
         start: int = 0,
         shuffle: bool | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        if split not in self.splits:
-            raise InputError(f"{self.name} has no {split} split")
-        ids, labels = self.splits[split]
-        order = order_of(len(ids), split == "train" if shuffle is None else shuffle, seed, epoch)
-        for step in range(start, self.steps_per_epoch(split, batch_size)):
-            rows = torch.from_numpy(order[step * batch_size : (step + 1) * batch_size])
-            yield ids[rows], labels[rows]
+        for _, _, rows in self.rows_of(split, batch_size, seed, epoch, start, shuffle):
+            ids, labels = self.splits[split]
+            yield ids[torch.from_numpy(rows)], labels[torch.from_numpy(rows)]
 
     def inputs(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return batch[0], self._mask(batch[0])
@@ -116,11 +111,7 @@ class TextClassification(Labelled):
         return super().describe() | {"classes": list(self.classes), "tokens": self.tokens}
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(repr(self.describe()).encode(), digest_size=8)
-        for split in sorted(self.splits):
-            for tensor in self.splits[split]:
-                digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return self.digest_of(t for split in sorted(self.splits) for t in self.splits[split])
 
 
 class LanguageModelling(Task):
@@ -190,17 +181,12 @@ class LanguageModelling(Task):
         start: int = 0,
         shuffle: bool | None = None,
     ) -> Iterator[Tensor]:
-        if split not in self.splits:
-            raise InputError(f"{self.name} has no {split} split")
-        shuffle = split == "train" if shuffle is None else shuffle
-        order = order_of(self.size(split), shuffle, seed, epoch)
         # The phase needs the block that the training split gives up.
-        phase = int(order_of(self.length, True, seed, epoch)[0]) if shuffle else 0
-        phase = phase if split == "train" else 0
-        stream = self.splits[split][phase:]
-        blocks = stream[: self.size(split) * self.length].view(-1, self.length)
-        for step in range(start, self.steps_per_epoch(split, batch_size)):
-            rows = order[step * batch_size : (step + 1) * batch_size]
+        moves = split == "train" and shuffle is not False
+        phase = int(order_of(self.length, True, seed, epoch)[0]) if moves else 0
+        for _, _, rows in self.rows_of(split, batch_size, seed, epoch, start, shuffle):
+            stream = self.splits[split][phase:]
+            blocks = stream[: self.size(split) * self.length].view(-1, self.length)
             yield blocks[torch.from_numpy(rows)]
 
     def inputs(self, batch: Tensor) -> tuple[Tensor, ...]:
@@ -233,10 +219,7 @@ class LanguageModelling(Task):
         return super().describe() | {"tokens": self.tokens, "length": self.length}
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(repr(self.describe()).encode(), digest_size=8)
-        for split in sorted(self.splits):
-            digest.update(self.splits[split].numpy().tobytes())
-        return digest.hexdigest()
+        return self.digest_of(self.splits[split] for split in sorted(self.splits))
 
 
 def _check_tokens(ids: Tensor, tokens: int, where: str) -> None:

@@ -7,7 +7,6 @@ Images and masks stay together: whatever moves an image moves its mask. Pixels t
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -23,7 +22,6 @@ from gossamer.core.task import (
     device_of,
     evaluating,
     logits_of,
-    order_of,
     seed_of,
     to_device,
 )
@@ -118,15 +116,9 @@ class Segmentation(Task):
         start: int = 0,
         shuffle: bool | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        if split not in self.splits:
-            raise InputError(f"{self.name} has no {split} split")
-        images, masks = self.splits[split]
-        shuffle = split == "train" if shuffle is None else shuffle
-        order = torch.from_numpy(order_of(len(images), shuffle, seed, epoch))
-        for step in range(start, self.steps_per_epoch(split, batch_size)):
-            rows = order[step * batch_size : (step + 1) * batch_size]
-            some, their = images[rows], masks[rows]
-            if shuffle and self.augment is not None:
+        for step, shuffled, rows in self.rows_of(split, batch_size, seed, epoch, start, shuffle):
+            some, their = (tensor[torch.from_numpy(rows)] for tensor in self.splits[split])
+            if shuffled and self.augment is not None:
                 generator = torch.Generator().manual_seed(seed_of("augment", seed, epoch, step))
                 some, their = self.augment(some, their, generator)
             yield self.preprocess(some), their.long()
@@ -188,11 +180,7 @@ class Segmentation(Task):
         }
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(repr(self.describe()).encode(), digest_size=8)
-        for split in sorted(self.splits):
-            for tensor in self.splits[split]:
-                digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return self.digest_of(t for split in sorted(self.splits) for t in self.splits[split])
 
 
 def pixel_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -213,6 +213,24 @@ class Task(ABC):
         """How many batches one epoch of ``split`` has."""
         return -(-self.size(split) // batch_size)
 
+    def rows_of(
+        self, split: str, batch_size: int, seed: int, epoch: int, start: int, shuffle: bool | None
+    ) -> Iterator[tuple[int, bool, np.ndarray]]:
+        """Which samples each batch has, for the arguments of :meth:`batches`.
+
+        Yields:
+            The batch's number, whether the epoch is shuffled, and the rows.
+
+        Raises:
+            InputError: if there is no such split.
+        """
+        if not self.size(split):
+            raise InputError(f"{self.name} has no {split} split")
+        shuffle = split == "train" if shuffle is None else shuffle
+        order = order_of(self.size(split), shuffle, seed, epoch)
+        for step in range(start, self.steps_per_epoch(split, batch_size)):
+            yield step, shuffle, order[step * batch_size : (step + 1) * batch_size]
+
     def describe(self) -> dict[str, Any]:
         """What a report says of the task, as JSON values."""
         return {
@@ -223,7 +241,14 @@ class Task(ABC):
 
     def fingerprint(self) -> str:
         """Changes when the data or the split changes; guards resumed runs."""
-        return hashlib.blake2b(repr(self.describe()).encode(), digest_size=8).hexdigest()
+        return self.digest_of(())
+
+    def digest_of(self, tensors: Iterable[Tensor]) -> str:
+        """A fingerprint of :meth:`describe` and of tensors."""
+        digest = hashlib.blake2b(repr(self.describe()).encode(), digest_size=8)
+        for tensor in tensors:
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 class Labelled(Task):
@@ -358,15 +383,10 @@ class Classification(Labelled):
         start: int = 0,
         shuffle: bool | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        if split not in self.splits:
-            raise InputError(f"{self.name} has no {split} split")
-        source = self.splits[split]
-        shuffle = split == "train" if shuffle is None else shuffle
-        order = order_of(len(source), shuffle, seed, epoch)
-        for step in range(start, self.steps_per_epoch(split, batch_size)):
-            rows = order[step * batch_size : (step + 1) * batch_size]
+        for step, shuffled, rows in self.rows_of(split, batch_size, seed, epoch, start, shuffle):
+            source = self.splits[split]
             images = source.fetch(rows)
-            if shuffle and self.augment is not None:
+            if shuffled and self.augment is not None:
                 generator = torch.Generator().manual_seed(seed_of("augment", seed, epoch, step))
                 images = self.augment(images, generator)
             yield self.preprocess(images), source.labels[torch.from_numpy(rows)]
@@ -381,10 +401,7 @@ class Classification(Labelled):
         }
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(repr(self.describe()).encode(), digest_size=8)
-        for split in sorted(self.splits):
-            digest.update(self.splits[split].labels.numpy().tobytes())
-        return digest.hexdigest()
+        return self.digest_of(self.splits[split].labels for split in sorted(self.splits))
 
 
 def logits_of(outputs: Any) -> Tensor:
