@@ -110,7 +110,27 @@ def by_unit(groups: Groups, sparsity: float) -> Selection:
     return select
 
 
-class BilevelPruning(Rule):
+class ScoredMasks(Rule):
+    """A rule whose masks are made of scores.
+
+    Attributes:
+        names: of the masked parameters.
+        scores: of each of them, of its shape.
+        select: magnitudes of scores to masks.
+    """
+
+    names: list[str]
+    scores: nn.ParameterList
+    select: Selection
+
+    def masks(self) -> dict[str, Tensor]:
+        """The mask that the scores make now, float 0 and 1."""
+        return self.select(
+            {name: s.detach().abs() for name, s in zip(self.names, self.scores, strict=True)}
+        )
+
+
+class BilevelPruning(ScoredMasks):
     """One step on the weights under the mask, one on the scores that make it.
 
     Batches are dicts: "lower" for the weights, "upper" for the mask.
@@ -151,7 +171,6 @@ class BilevelPruning(Rule):
         self.weight_decay = weight_decay
         self.mask_lr = mask_lr
         self.lr2 = lr2
-        self.tied = tie_scores
         weights = [network.get_parameter(name) for name in names]
         self.scores = nn.ParameterList(
             weights if tie_scores else [nn.Parameter(w.detach().clone()) for w in weights]
@@ -159,12 +178,6 @@ class BilevelPruning(Rule):
         trained = [p for p in network.parameters() if p.requires_grad]
         self.lower = torch.optim.SGD(trained, lr=lr, momentum=momentum)
         self.upper = torch.optim.SGD(self.scores.parameters(), lr=mask_lr, momentum=momentum)
-
-    def masks(self) -> dict[str, Tensor]:
-        """The mask that the scores make now, float 0 and 1."""
-        return self.select(
-            {name: s.detach().abs() for name, s in zip(self.names, self.scores, strict=True)}
-        )
 
     def step(self, batch: Batch) -> Log:
         logged = self._train_weights(batch["lower"])
@@ -224,7 +237,7 @@ class BilevelPruning(Rule):
         self.upper.step()
 
 
-class ScoreLearning(Rule):
+class ScoreLearning(ScoredMasks):
     """Hydra's search: the weights are frozen, scores learn which of them stay.
 
     Args:
@@ -257,12 +270,6 @@ class ScoreLearning(Rule):
             scaled.append(nn.Parameter(bound * weight / weight.abs().max().clamp(min=1e-12)))
         self.scores = nn.ParameterList(scaled)
         self.optimizer = torch.optim.SGD(self.scores.parameters(), lr=lr, momentum=0.9)
-
-    def masks(self) -> dict[str, Tensor]:
-        """The mask that the scores make now, float 0 and 1."""
-        return self.select(
-            {name: s.detach().abs() for name, s in zip(self.names, self.scores, strict=True)}
-        )
 
     def step(self, batch: Batch) -> Log:
         for group in self.optimizer.param_groups:

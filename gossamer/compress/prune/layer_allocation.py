@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gossamer.compress.prune.allocation import lamp as lamp_scores
+from gossamer.compress.prune.weight_scores import largest
 from gossamer.core.errors import InputError
 from gossamer.core.task import seed_of
 
@@ -136,8 +137,5 @@ def _counted(scores: Mapping[str, Tensor], keep: int) -> dict[str, int]:
     flat = torch.cat([s.flatten().double().cpu() for s in scores.values()])
     if not 0 <= keep <= len(flat):
         raise InputError(f"{keep} weights cannot stay where there are {len(flat)}")
-    order = torch.argsort(flat, stable=True)
-    kept = torch.zeros(len(flat), dtype=torch.bool)
-    kept[order[len(order) - keep :]] = True
-    pieces = kept.split([s.numel() for s in scores.values()])
+    pieces = largest(flat, keep).split([s.numel() for s in scores.values()])
     return {name: int(piece.sum()) for name, piece in zip(scores, pieces, strict=True)}

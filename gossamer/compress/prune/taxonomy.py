@@ -259,10 +259,11 @@ def recommend(
         return {"prune-after-training": options}
 
     if n_of_m_hardware and pretrained:
-        method = "wanda" if data != "none" else "magnitude"
-        options = {"n_of_m": "2:4", "method": "sparsegpt" if data != "none" else "magnitude"}
-        name = "SparseGPT 2:4" if method == "wanda" else "2:4 by magnitude"
-        advise(name, "the hardware skips two of every four weights", after(**options), tune)
+        name, method = (
+            ("2:4 by magnitude", "magnitude") if data == "none" else ("SparseGPT 2:4", "sparsegpt")
+        )
+        step = after(n_of_m="2:4", method=method)
+        advise(name, "the hardware skips two of every four weights", step, tune)
     if want == "latency" and not sparse_hardware:
         share = round(1.0 - sparsity, 3)
         criterion = "taylor" if data == "labelled" else "group"
