@@ -32,6 +32,7 @@ from gossamer.core.network import Network
 from gossamer.datasets.digits import digits
 from gossamer.models.plain import mlp
 from gossamer.models.resnet import digits_resnet
+from tests.resuming import whole_and_resumed
 
 U = torch.tensor([[1.0, 2.0, 0.0], [0.0, 2.0, 1.0]])
 V = torch.tensor([[3.0, 4.0], [0.0, 1.0], [1.0, 0.0]])
@@ -434,26 +435,9 @@ def test_killed_and_resumed_is_bitwise_the_same(task, tmp_path):
             network, task, lam=1e-2, eps=3e-2, optimizer=published_sgd(network, lr=0.05)
         )
 
-    class Killed(BaseException):
-        pass
-
-    whole = rule()
-    fit(whole, task, epochs=8, batch_size=64, seed=5)
-    broken = rule()
-    step, calls = broken.step, []
-
-    def dying(batch):
-        if len(calls) == 33:
-            raise Killed
-        calls.append(1)
-        return step(batch)
-
-    broken.step = dying
-    file = tmp_path / "state.safetensors"
-    with pytest.raises(Killed):
-        fit(broken, task, epochs=8, batch_size=64, seed=5, checkpoint=file, checkpoint_every=1)
-    resumed = rule()
-    fit(resumed, task, epochs=8, batch_size=64, seed=5, checkpoint=file, checkpoint_every=1)
+    whole, resumed = whole_and_resumed(
+        rule, task, dies_at=33, file=tmp_path / "state.safetensors", epochs=8, batch_size=64, seed=5
+    )
     assert resumed.network.ranks() == whole.network.ranks()
     assert sum(whole.network.ranks().values()) < 40
     assert resumed.macs == whole.macs and resumed.history == whole.history

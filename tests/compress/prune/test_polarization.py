@@ -31,6 +31,7 @@ from gossamer.core.task import evaluating
 from gossamer.datasets.digits import digits
 from gossamer.models.plain import mlp
 from gossamer.models.resnet import digits_resnet
+from tests.resuming import whole_and_resumed
 
 EXAMPLE = torch.tensor([[1.0, 0, 1], [1, 0, 0], [1, 0, 1], [1, 0, 0]])
 IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -525,26 +526,9 @@ def test_killed_and_resumed_is_bitwise_the_same(task, tmp_path):
         gated = gate(perceptron(), task.example_inputs, binarize="gumbel")
         return ConsensusTraining(gated, task, target=0.5, control="integral", gain=5.0)
 
-    class Killed(BaseException):
-        pass
-
-    whole = rule()
-    fit(whole, task, epochs=6, batch_size=64, seed=5)
-    broken = rule()
-    step, calls = broken.step, []
-
-    def dying(batch):
-        if len(calls) == 22:
-            raise Killed
-        calls.append(1)
-        return step(batch)
-
-    broken.step = dying
-    file = tmp_path / "state.safetensors"
-    with pytest.raises(Killed):
-        fit(broken, task, epochs=6, batch_size=64, seed=5, checkpoint=file, checkpoint_every=1)
-    resumed = rule()
-    fit(resumed, task, epochs=6, batch_size=64, seed=5, checkpoint=file, checkpoint_every=1)
+    whole, resumed = whole_and_resumed(
+        rule, task, dies_at=22, file=tmp_path / "state.safetensors", epochs=6, batch_size=64, seed=5
+    )
     assert resumed.lambda_act == whole.lambda_act
     assert resumed.history == whole.history and resumed.macs == whole.macs
     ours, theirs = whole.network.state_dict(), resumed.network.state_dict()

@@ -41,6 +41,7 @@ from gossamer.models.plain import ConvNet
 from gossamer.models.resnet import digits_resnet
 from gossamer.parts.fixed_point import FixedPoint, FixedPointTensor, integer_bits
 from gossamer.parts.packed import PackedNetwork
+from tests.resuming import whole_and_resumed
 
 
 def cnn(seed=0, norm=False):
@@ -371,26 +372,15 @@ def test_killed_and_resumed_is_bitwise_the_same(task, kind, tmp_path):
             schedule=ReduceOnPlateau(patience=0),
         )  # fmt: skip
 
-    class Killed(BaseException):
-        pass
-
-    whole = rule()
-    fit(whole, task, epochs=4, batch_size=128, seed=5)
-    broken = rule()
-    step, calls = broken.step, []
-
-    def dying(batch):
-        if len(calls) == 17:
-            raise Killed
-        calls.append(1)
-        return step(batch)
-
-    broken.step = dying
-    file = tmp_path / "state.safetensors"
-    with pytest.raises(Killed):
-        fit(broken, task, epochs=4, batch_size=128, seed=5, checkpoint=file, checkpoint_every=1)
-    resumed = rule()
-    fit(resumed, task, epochs=4, batch_size=128, seed=5, checkpoint=file, checkpoint_every=1)
+    whole, resumed = whole_and_resumed(
+        rule,
+        task,
+        dies_at=17,
+        file=tmp_path / "state.safetensors",
+        epochs=4,
+        batch_size=128,
+        seed=5,
+    )
     assert resumed.fixed.formats == whole.fixed.formats
     assert torch.equal(torch.tensor(resumed.log), torch.tensor(whole.log))
     for name, value in whole.network.state_dict().items():
