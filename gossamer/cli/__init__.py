@@ -1,0 +1,10 @@
+"""The front door: commands made from typed functions.
+
+``front`` holds the application and how problems end, ``given`` turns what a command was given into
+a network and a task; the other files hold the commands of one room each.
+"""
+
+from gossamer.cli import catalog, compress, hardware  # noqa: F401 (they register commands)
+from gossamer.cli.front import app, main
+
+__all__ = ["app", "main"]
