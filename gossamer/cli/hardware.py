@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cyclopts import App
 
@@ -81,6 +81,59 @@ def profile(
         print_json(report)
         return
     _show_profile(report)
+
+
+@hardware.command
+def calibrate(
+    *,
+    out: Path | None = None,
+    threads: int = 1,
+    device: Literal["cpu", "cuda"] = "cpu",
+    json_: Json = False,
+) -> None:
+    """Measure this machine's ceilings and write them as a device description.
+
+    Example: gossamer hardware calibrate --out device.yaml
+
+    Parameters
+    ----------
+    out
+        The YAML file. The description is also kept for the other commands of this machine.
+    threads
+        The figures hold for this many.
+    device
+        "cuda" measures the GPU.
+    json_
+        Print JSON.
+    """
+    import yaml
+
+    from gossamer.hardware.calibrate import cached_place
+    from gossamer.hardware.calibrate import calibrate as measure_ceilings
+
+    found = measure_ceilings(threads=threads, device=device)
+    kept = cached_place(threads=threads, device=device)
+    for place in filter(None, (out, kept)):
+        found.write(place)
+    if json_:
+        print_json(yaml.safe_load(found.to_yaml()))
+        return
+    from rich.table import Table
+
+    table = Table(title=found.name)
+    for column in ("figure", "value", "source"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for dtype, figure in found.macs_per_second.items():
+        table.add_row(f"peak, {dtype}", f"{figure.value / 1e9:,.1f} GMAC/s", figure.source)
+    for memory in found.memories:
+        size = f" ({memory.bytes.value / 2**20:,.2f} MiB)" if memory.bytes else ""
+        if rate := memory.bytes_per_second:
+            table.add_row(f"{memory.name}{size}", f"{rate.value / 1e9:,.1f} GB/s", rate.source)
+    for runtime, figure in found.operator_seconds.items():
+        table.add_row(f"one operator, {runtime}", f"{1e6 * figure.value:,.2f} us", figure.source)
+    console = out_console()
+    console.print(table)
+    console.print(f"written to {out or kept}", soft_wrap=True)
 
 
 def _show_profile(report: dict[str, Any]) -> None:

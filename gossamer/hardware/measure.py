@@ -177,7 +177,7 @@ def measure(
         files = _OnnxFiles(Path(folder))
         shown = bar.add_task("measuring", total=len(settings))
         for runtime, count, batch in settings:
-            with _torch_threads(count):
+            with torch_threads(count):
                 calls = {
                     name: call
                     for name, contender in contenders.items()
@@ -329,7 +329,7 @@ def _sized(inputs: Sequence[Any], batch: int) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
