@@ -9,6 +9,7 @@ trains as well as it evaluates.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import operator
@@ -86,6 +87,23 @@ class Operator:
     input_bytes: int
     output_bytes: int
     line: str
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory that one activation takes.
+
+    Attributes:
+        node: what makes it.
+        elements: of one sample.
+        made: position of that node among the graph's steps.
+        uses: positions of the later steps that read it, overwrite it or look at it another way.
+    """
+
+    node: fx.Node
+    elements: int
+    made: int
+    uses: tuple[int, ...]
 
 
 class Graph:
@@ -308,31 +326,51 @@ class Graph:
             activation_bytes=self.peak_activation_bytes(),
         )
 
+    @cached_property
+    def steps(self) -> list[fx.Node]:
+        """What happens, in order: inputs arrive, operators run, the outputs are read."""
+        return [n for n in self.fx.nodes if n.op in ("placeholder", "call_function", "output")]
+
+    @cached_property
+    def storage(self) -> dict[fx.Node, fx.Node]:
+        """The node that made the memory in which each node's result lies.
+
+        Views, items of several results, operators that overwrite their input and dropout (which
+        passes its input on in evaluation) have the memory of their input.
+        """
+        made: dict[fx.Node, fx.Node] = {}
+        for node in self.fx.nodes:
+            sources = [made[n] for n in node.all_input_nodes]
+            made[node] = sources[0] if sources and _shares_memory(node) else node
+        return made
+
+    @cached_property
+    def buffers(self) -> list[Buffer]:
+        """The memory that activations (inputs and results of operators) take, in order."""
+        made: dict[fx.Node, int] = {}
+        uses: dict[fx.Node, list[int]] = {}
+        for position, step in enumerate(self.steps):
+            for source in dict.fromkeys(self.storage[n] for n in step.all_input_nodes):
+                if source in made:
+                    uses[source].append(position)
+            if self.storage[step] is step and step.op != "output" and self.shapes(step):
+                made[step] = position
+                uses[step] = []
+        return [
+            Buffer(node, sum(math.prod(s) for s in self.shapes(node)), position, tuple(uses[node]))
+            for node, position in made.items()
+        ]
+
     def peak_activation_bytes(self) -> int:
         """Largest sum of live activations while the operators run in order (one sample, float32).
 
-        A view shares its input's storage; an activation lives until its last reader has run.
+        An activation lives until its last reader has run; what lies in the same memory counts once.
         """
-        storage: dict[fx.Node, fx.Node] = {}
-        last: dict[fx.Node, int] = {}
-        order = [n for n in self.fx.nodes if n.op in ("placeholder", "call_function", "output")]
-        for position, node in enumerate(order):
-            sources = [storage[n] for n in node.all_input_nodes if n in storage]
-            aliases = op_name(node.target) in VIEWS or op_name(node.target) == "getitem"
-            storage[node] = sources[0] if aliases and sources else node
-            for source in sources:
-                last[source] = position
-            last.setdefault(storage[node], position)
-        live = peak = 0
-        ends: dict[int, int] = {}
-        for position, node in enumerate(order):
-            if storage[node] is node and node.op != "output":
-                size = 4 * sum(math.prod(s) for s in self.shapes(node))
-                live += size
-                ends[last[node]] = ends.get(last[node], 0) + size
-            peak = max(peak, live)
-            live -= ends.pop(position, 0)
-        return peak
+        changes = [0] * (len(self.steps) + 1)
+        for buffer in self.buffers:
+            changes[buffer.made] += 4 * buffer.elements
+            changes[max((buffer.made, *buffer.uses)) + 1] -= 4 * buffer.elements
+        return max(itertools.accumulate(changes))
 
     def network(self) -> GraphNetwork:
         """A module that runs this graph with the tensors it holds (shared, not copied)."""
@@ -363,6 +401,22 @@ class GraphNetwork(nn.Module):
         """Runs the graph; ``self.training`` decides batch statistics and dropout."""
         outputs = self.program(*(a, b, c, d, e, f)[: self.arity], self.training)
         return pytree.tree_unflatten(list(outputs), self.output_spec)
+
+
+def overwrites(node: fx.Node) -> bool:
+    """Whether an operator writes its result over its first input, as ``relu_`` does."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or op_name(target) in VIEWS:
+        return False
+    arguments = target._schema.arguments
+    alias = arguments[0].alias_info if arguments else None
+    return alias is not None and alias.is_write
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    name = op_name(node.target)
+    passes = node.op == "call_function" and overload_name(node.target) in _DROPOUTS
+    return name in VIEWS or name == "getitem" or passes or overwrites(node)
 
 
 def level_of(module: nn.Module) -> str:

@@ -124,3 +124,25 @@ def test_the_layer_table_adds_up():
     rows = layer_table(graph)
     assert sum(r["macs"] for r in rows) == graph.macs
     assert sum(r["parameters"] for r in rows) == graph.parameters
+
+
+def test_memory_is_shared_by_views_and_by_what_overwrites_its_input():
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 1)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu_(self.conv(x))
+            first, second = self.drop(y).chunk(2, dim=1)
+            return first.flatten(1) + second.flatten(1)
+
+    graph = trace(Overwriting(), 1, 8, 8)
+    assert [(b.node.op, b.elements) for b in graph.buffers] == [
+        ("placeholder", 64), ("call_function", 256), ("call_function", 128),
+    ]  # fmt: skip
+    # The input is gone when the halves are added: 256 and 128 live.
+    assert graph.peak_activation_bytes() == 4 * (256 + 128)
+    last = graph.buffers[1].uses[-1]
+    assert graph.steps[last].target is torch.ops.aten.add.Tensor
