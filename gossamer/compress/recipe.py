@@ -48,6 +48,7 @@ STEPS: dict[str, str] = {
     "low-rank": "gossamer.compress.low_rank:low_rank",
     "svd": "gossamer.compress.low_rank:svd",
     "finetune": "gossamer.compress.finetune:finetune",
+    "regroup": "gossamer.compress.regroup:regroup",
     "distil": "gossamer.compress.distil:distil",
     "quantized-distillation": "gossamer.compress.quantize.distilled:quantized_distillation",
     "differentiable-quantization": (
