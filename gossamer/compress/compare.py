@@ -18,7 +18,6 @@ import numpy as np
 from torch import nn
 
 from gossamer.compress.deploy import deploy, packed_runner
-from gossamer.compress.front import undominated
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.shrink import dense_network, fingerprint_of, refuse_unusable
 from gossamer.compress.workspace import Workspace
@@ -30,6 +29,7 @@ from gossamer.core.network import Network
 from gossamer.core.task import Task
 from gossamer.hardware.measure import compare as compare_timings
 from gossamer.hardware.measure import measure
+from gossamer.parts.front import undominated
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from gossamer.compress.budget import Budget
 from gossamer.compress.deploy import Deployed, deploy
-from gossamer.compress.front import undominated
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.workspace import Workspace
 from gossamer.core.errors import BudgetError, GossamerError
@@ -28,6 +27,7 @@ from gossamer.core.network import Network
 from gossamer.core.progress import progress
 from gossamer.core.task import Task, seed_of
 from gossamer.hardware.measure import compare, measure
+from gossamer.parts.front import undominated
 
 log = logging.getLogger(__name__)
 
