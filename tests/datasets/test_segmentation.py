@@ -157,3 +157,17 @@ def test_a_real_stack_is_read(real_data: Callable[[str], Path]) -> None:
     # 78.0 % of all pixels are cell, as published.
     masks = torch.cat([stack.splits[s][1] for s in stack.splits]).float()
     assert float(masks.mean()) == pytest.approx(0.780, abs=0.01)
+
+
+def test_camvid_has_its_published_shares(real_data: Callable[[str], Path]) -> None:
+    classes = (
+        "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+        "pedestrian", "bicyclist",
+    )  # fmt: skip
+    task = segmentation_tables(real_data("camvid"), classes, size=(72, 96), ignored=(11,))
+    assert [task.size(s) for s in ("train", "validation", "test")] == [367, 101, 233]
+    masks = task.splits["train"][1]
+    shares = [float((masks == label).float().mean()) for label in (*range(11), IGNORED)]
+    published = (16.9, 23.3, 1.0, 31.7, 4.5, 9.7, 1.2, 1.1, 5.9, 0.6, 0.3, 4.0)
+    # Nearest pixels of a smaller grid: shares are those of the whole masks to a few per mille.
+    assert all(abs(100 * s - p) < 0.2 for s, p in zip(shares, published, strict=True))
