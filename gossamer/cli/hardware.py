@@ -136,6 +136,116 @@ def calibrate(
     console.print(f"written to {out or kept}", soft_wrap=True)
 
 
+@hardware.command
+def roofline(
+    model: str,
+    *,
+    device: str | None = None,
+    batch: int = 1,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    channels: int = 3,
+    classes: int | None = None,
+    memory: str | None = None,
+    dtype: str = "float32",
+    threads: int = 1,
+    measure: bool = True,
+    fuse: bool = False,
+    out: Path | None = None,
+    json_: Json = False,
+) -> None:
+    """Show how efficient every layer of a network is, and how efficient it could be.
+
+    Example: gossamer hardware roofline mobilenetv2_100 --out roofline
+
+    Parameters
+    ----------
+    model
+        A timm name, torchvision:NAME, package.module:factory, or a folder written by gossamer.
+    device
+        A description of this machine (a YAML file), or the name of another machine that comes with
+        gossamer, for which nothing is measured. Default: this machine, calibrated once.
+    batch
+        Samples in a call.
+    weights
+        A safetensors file or a state dict.
+    image_size
+        Side in pixels. Default: the network's own, or 224.
+    channels
+        Of the input.
+    classes
+        Logits. Default: the network's own.
+    memory
+        Name of the memory that bounds every layer. Default: for each the nearest that holds it.
+    dtype
+        Number format of the bounds.
+    threads
+        Of the measurement and of this machine's ceilings.
+    measure
+        Measure the layers and the whole network here.
+    fuse
+        Also time ConvFirst and MBConv blocks fused and layer by layer.
+    out
+        A folder for the plots, the table as JSON and a page with both.
+    json_
+        Print JSON.
+    """
+    from dataclasses import asdict
+
+    from gossamer.hardware.calibrate import machine_device
+    from gossamer.hardware.device import known_devices, read_device
+    from gossamer.hardware.fused_block import plan_blocks
+    from gossamer.hardware.measure import resized
+    from gossamer.hardware.roofline import efficiency_report, table_row, write_report
+
+    module, inputs = module_of(
+        model, weights, image_size=image_size, channels=channels, classes=classes
+    )
+    of = machine_device(threads=threads) if device is None else read_device(device)
+    report = efficiency_report(
+        module, inputs, device=of, batch=batch, dtype=dtype, memory=memory, threads=threads,
+        measured=measure and device not in known_devices(), name=model,
+    )  # fmt: skip
+    plans = plan_blocks(module, resized(inputs, batch), threads=threads)[1] if fuse else []
+    if out is not None:
+        write_report(report, out, plans=plans)
+    if json_:
+        print_json(report.to_json() | {"blocks": [asdict(plan) for plan in plans]})
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{model}, batch {batch}, {dtype}, on {of.name}")
+    for column in ("layer", "operator", "Mop", "kB", "op/byte", "memory", "best eff.", "best ms",
+                   "ms", "eff."):  # fmt: skip
+        table.add_column(column, justify="left" if column in ("layer", "operator") else "right")
+    for row in report.layers:
+        table.add_row(*table_row(row))
+    console = out_console()
+    console.print(table)
+    console.print(
+        f"counted {report.operations / 1e9:.3f} G operations; modelled "
+        f"{1e3 * report.ideal_seconds:.3f} ms at the peak rate and "
+        f"{1e3 * report.best_seconds:.3f} ms by the waterline (best efficiency {report.bound:.3f})"
+    )
+    for runtime, seconds in report.latency.items():
+        console.print(
+            f"measured {1e3 * seconds:.3f} ms in {runtime}: efficiency "
+            f"{report.efficiency(runtime):.3f}"
+        )
+    if report.measured_only:
+        console.print(
+            f"{len(report.measured_only)} operators without a model, measured only: "
+            + ", ".join(report.measured_only)
+        )
+    if report.beyond_peak:
+        console.print(
+            "faster than the peak, so calibrate again on a quiet machine: "
+            + ", ".join(report.beyond_peak)
+        )
+    for plan in plans:
+        console.print(f"{plan.name}: {plan.said}")
+
+
 def _show_profile(report: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -165,3 +275,311 @@ def _show_profile(report: dict[str, Any]) -> None:
             f"{latency['p50']:.2f} ms (p95 {latency['p95']:.2f}) in ONNX Runtime, "
             f"{report['measured']['file_bytes']:,} bytes"
         )
+
+
+@hardware.command
+def group_size(
+    model: str,
+    *,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    channels: int = 3,
+    classes: int | None = None,
+    select: Literal["grouped", "depthwise", "spatial"] = "grouped",
+    widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
+    movement: float = 1.0,
+    device: str | None = None,
+    measure: bool = False,
+    batch: int = 1,
+    json_: Json = False,
+) -> None:
+    """Show what wider groups of channels would cost, and which width suits the machine.
+
+    Example: gossamer hardware group-size mobilenetv2_100 --device a100-sxm-80gb --measure
+
+    Parameters
+    ----------
+    model
+        A timm name, torchvision:NAME, package.module:factory, or a folder written by gossamer.
+    weights
+        A safetensors file or a state dict.
+    image_size
+        Side in pixels. Default: the network's own, or 224.
+    channels
+        Of the input.
+    classes
+        Logits. Default: the network's own.
+    select
+        Which convolutions: those of several groups, depthwise ones, or all of more than one tap.
+    widths
+        Channels of a group, to try.
+    movement
+        Weight of moving values against multiplying them, in the balance.
+    device
+        A description of a machine (a file or a name), for the width at which arithmetic is its
+        limit.
+    measure
+        Also rebuild the network at every width and time them in turns in ONNX Runtime.
+    batch
+        Images of a timed call.
+    json_
+        Print JSON.
+    """
+    from dataclasses import asdict
+
+    from gossamer.core.errors import InputError
+    from gossamer.core.graph import Graph
+    from gossamer.core.layers import layers
+    from gossamer.hardware import group_size as room
+    from gossamer.hardware.device import read_device
+    from gossamer.parts import regroup
+
+    if not widths or min(widths) < 1 or not movement > 0.0 or batch < 1:
+        raise InputError("--widths, --movement and --batch are more than 0")
+    described = None if device is None else read_device(device)
+    chosen_by = getattr(regroup, select)
+    module, inputs = module_of(
+        model, weights, image_size=image_size, channels=channels, classes=classes
+    )
+    everything = layers(Graph.trace(module, inputs))
+    chosen = [layer for layer in everything if chosen_by(layer)]
+    if not chosen:
+        raise InputError(
+            f"{model} has no {select} convolution; --select spatial takes all of more than one tap"
+        )
+    points = []
+    for point in room.curve(chosen, widths, movement=movement):
+        match = room.match_macs(everything, point.group_width, select=chosen_by)
+        points.append(
+            asdict(point) | {"equal_groups": match.groups, "equal_macs": match.difference}
+        )
+    choices: dict[str, Any] = {"balance": room.balanced(chosen, widths, movement=movement)}
+    if described is not None:
+        beta = room.machine_balance(described)
+        choices["machine"] = room.machine_bound(chosen, beta, widths)
+        choices["machine_balance"] = beta
+    report: dict[str, Any] = {
+        "model": model, "layers": [asdict(row) for row in room.group_table(chosen)],
+        "curve": points, "choices": choices,
+    }  # fmt: skip
+    if measure:
+        timed = room.measure_networks(module, inputs, widths, select=chosen_by, batch=batch)
+        report["measured"] = [
+            {
+                "group_width": point.group_width, "milliseconds": point.latency.p50,
+                "joules": point.joules, "batch": batch, "runtime": point.latency.runtime,
+            }
+            for point in timed
+        ]  # fmt: skip
+        choices["measured"] = room.measured(timed)
+    if json_:
+        print_json(report)
+        return
+    _show_groups(report)
+
+
+def _show_groups(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = out_console()
+    table = Table(title=f"{report['model']}: convolutions as they are, counted")
+    for column in ("layer", "channels", "groups", "width", "positions", "MACs", "MACs a value"):
+        left = column == "layer"
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    for row in report["layers"]:
+        table.add_row(
+            row["layer"], f"{row['channels']:,}", f"{row['groups']:,}", f"{row['group_width']:,}",
+            f"{row['positions']:,}", f"{row['macs']:,}", f"{row['intensity']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    table = Table(title="the same with groups of one width")
+    times = {point["group_width"]: point for point in report.get("measured", ())}
+    columns = ["width", "MACs", "weights", "MACs a value", "balance", "equal groups", "apart"]
+    for column in columns + (["ms, measured"] if times else []):
+        table.add_column(column, justify="right")
+    for point in report["curve"]:
+        cells = [
+            f"{point['group_width']}", f"{point['macs']:,}", f"{point['weights']:,}",
+            f"{point['intensity']:.2f}", f"{point['balance']:.3f}",
+            f"{point['equal_groups']}",
+            f"{100 * point['equal_macs']:+.1f} %",
+        ]  # fmt: skip
+        if times:
+            cells.append(f"{times[point['group_width']]['milliseconds']:.2f}")
+        table.add_row(*cells)
+    console.print(table)
+    choices = report["choices"]
+    console.print(f"balance of arithmetic and movement: {choices['balance']} channels a group")
+    if "machine" in choices:
+        console.print(
+            f"the machine wants {choices['machine_balance']:.1f} MACs a value: "
+            + (f"{choices['machine']} channels a group" if choices["machine"] else
+               "no width tried reaches that, so memory stays the limit")
+        )  # fmt: skip
+    if "measured" in choices:
+        console.print(f"measured best: {choices['measured']} channels a group")
+
+
+@hardware.command
+def systolic(
+    model: str,
+    *,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    channels: int = 3,
+    classes: int | None = None,
+    rows: int = 64,
+    columns: int = 64,
+    dataflow: Literal["rs", "os", "ws", "is"] = "rs",
+    sram_kb: tuple[float, float, float] = (64.0, 64.0, 64.0),
+    bandwidth: float | None = None,
+    overlap_folds: bool = False,
+    cross_group: bool = False,
+    group_width: int | None = None,
+    search: bool = False,
+    select: Literal["grouped", "depthwise", "spatial"] = "grouped",
+    threshold: float = 0.5,
+    topology: Path | None = None,
+    json_: Json = False,
+) -> None:
+    """Model a network on a systolic array: cycles, use of the array and traffic of each layer.
+
+    Example: gossamer hardware systolic mobilenetv1_100 --rows 64 --columns 64 --dataflow ws
+
+    Parameters
+    ----------
+    model
+        A timm name, torchvision:NAME, package.module:factory, a folder written by gossamer, or a
+        topology file of SCALE-Sim (.csv).
+    weights
+        A safetensors file or a state dict.
+    image_size
+        Side in pixels. Default: the network's own, or 224.
+    channels
+        Of the input.
+    classes
+        Logits. Default: the network's own.
+    rows
+        Of processing elements.
+    columns
+        Of processing elements.
+    dataflow
+        What stays in place: filter rows (rs), outputs (os), weights (ws) or inputs (is).
+    sram_kb
+        Of inputs, weights and outputs.
+    bandwidth
+        DRAM words a cycle. Default: always enough.
+    overlap_folds
+        Pay filling and draining once a layer instead of once a fold.
+    cross_group
+        Row stationary: let several groups share the array.
+    group_width
+        Channels of a group, in place of what the selected convolutions have.
+    search
+        Try group widths of 1 to 32 in the layers that use the array badly.
+    select
+        Which convolutions may change: those of several groups, depthwise ones, or all of more
+        than one tap.
+    threshold
+        Share of the array below which --search changes a layer.
+    topology
+        Also write the layers as a topology file of SCALE-Sim.
+    json_
+        Print JSON.
+    """
+    from dataclasses import asdict
+
+    from gossamer.core.errors import InputError
+    from gossamer.core.graph import Graph
+    from gossamer.core.groups import regrouped
+    from gossamer.core.layers import layers
+    from gossamer.hardware import systolic as room
+    from gossamer.parts import regroup
+
+    array = room.SystolicArray(
+        rows, columns, dataflow, sram_kb=sram_kb, bandwidth=bandwidth,
+        overlap_folds=overlap_folds, cross_group=cross_group,
+    )  # fmt: skip
+    chosen_by = getattr(regroup, select)
+    graph = None
+    if model.endswith(".csv"):
+        chosen, missing = room.read_topology(Path(model)), {}
+    else:
+        module, inputs = module_of(
+            model, weights, image_size=image_size, channels=channels, classes=classes
+        )
+        graph = Graph.trace(module, inputs)
+        chosen, missing = layers(graph), room.without_model(graph)
+    if group_width is not None:
+        chosen = [regrouped(la, group_width=group_width) if chosen_by(la) else la for la in chosen]
+    if topology is not None:
+        room.write_topology(chosen, topology)
+    profiled = array.profile(chosen, unmodelled_macs=missing)
+    report: dict[str, Any] = {
+        "model": model, "array": asdict(array), "cycles": profiled.cycles,
+        "stall_cycles": profiled.latency_cycles - profiled.cycles, "macs": profiled.macs,
+        "mean_utilisation": profiled.mean_utilisation,
+        "overall_utilisation": profiled.overall_utilisation,
+        "dram_words": profiled.dram_words, "energy": profiled.energy(),
+        "not_modelled": dict(profiled.unmodelled),
+        "layers": [asdict(run) for run in profiled.runs],
+    }  # fmt: skip
+    if search:
+        if graph is None:
+            raise InputError("--search needs a network; a topology file has no parameters to count")
+        found = room.co_optimise(graph, array, select=chosen_by, threshold=threshold)
+        report["search"] = {
+            "flagged": list(found.flagged),
+            "candidates": [asdict(candidate) for candidate in found.candidates],
+            "fastest": found.choose().group_width,
+        }
+    if json_:
+        print_json(report)
+        return
+    _show_array(report)
+
+
+def _show_array(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from gossamer.hardware.systolic import DATAFLOWS
+
+    array, console = report["array"], out_console()
+    title = f"{report['model']} on {array['rows']} x {array['columns']}, "
+    table = Table(title=title + f"{DATAFLOWS[array['dataflow']]}, modelled")
+    for column in ("layer", "groups", "MACs", "cycles", "used", "MACs a value", "DRAM words"):
+        left = column == "layer"
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    for run in report["layers"]:
+        table.add_row(
+            run["layer"] or "(network)",
+            f"{run['groups']:,} x {run['group_width']:,}" if run["groups"] > 1 else "1",
+            f"{run['macs']:,}",
+            f"{run['cycles'] + run['stall_cycles']:,}",
+            f"{100 * run['utilisation']:.2f} %",
+            f"{run['reuse']:.1f}",
+            f"{sum(run['dram'].values()):,}",
+        )
+    console.print(table)
+    console.print(
+        f"{report['cycles'] + report['stall_cycles']:,} cycles"
+        + (f" ({report['stall_cycles']:,} waiting for the DRAM)" if report["stall_cycles"] else "")
+        + f"; mean use over layers {100 * report['mean_utilisation']:.1f} %, of all cycles "
+        f"{100 * report['overall_utilisation']:.1f} %; {report['dram_words']:,} DRAM words"
+    )
+    for name, macs in report["not_modelled"].items():
+        console.print(f"not modelled, only measurable: {name}, {macs:,} MACs")
+    if "search" not in report:
+        return
+    table = Table(title=f"groups of one width in {len(report['search']['flagged'])} layers")
+    for column in ("width", "MACs", "parameters", "cycles", "mean use", "energy", "efficient"):
+        table.add_column(column, justify="right")
+    for candidate in report["search"]["candidates"]:
+        table.add_row(
+            f"{candidate['group_width']}", f"{candidate['macs']:,}",
+            f"{candidate['parameters']:,}", f"{candidate['cycles']:,}",
+            f"{100 * candidate['mean_utilisation']:.1f} %", f"{candidate['energy']:.3g}",
+            "*" if candidate["efficient"] else "",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"fewest cycles: groups of {report['search']['fastest']} channels")

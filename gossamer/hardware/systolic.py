@@ -263,7 +263,7 @@ class SystolicArray:
         """
         missing = dict(unmodelled_macs or {})
         if isinstance(chosen, Graph):
-            missing |= _without_model(chosen)
+            missing |= without_model(chosen)
             chosen = layers(chosen)
         runs = tuple(self.run(layer) for layer in chosen)
         if not runs:
@@ -365,7 +365,7 @@ class _Plan:
     dram: Traffic
 
 
-def _without_model(graph: Graph) -> dict[str, int]:
+def without_model(graph: Graph) -> dict[str, int]:
     """MACs of the operators that multiply and are no layers, by module and operator."""
     found: dict[str, int] = {}
     for op in unmodelled(graph):
@@ -519,7 +519,7 @@ def co_optimise(
     Raises:
         InputError: if no layer is flagged.
     """
-    chosen, missing = layers(graph), _without_model(graph)
+    chosen, missing = layers(graph), without_model(graph)
     original = array.profile(chosen, unmodelled_macs=missing)
     flagged = {
         layer.name
