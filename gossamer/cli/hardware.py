@@ -583,3 +583,163 @@ def _show_array(report: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(f"fewest cycles: groups of {report['search']['fastest']} channels")
+
+
+@hardware.command
+def schedule(
+    model: str,
+    *,
+    scratchpad: str,
+    order: Literal["free", "fixed"] = "free",
+    parameters: bool = False,
+    fuse: bool = False,
+    bytes_: Annotated[int, Parameter(name="--bytes")] = 1,
+    solver: Literal["auto", "cp-sat", "highs", "windows"] = "auto",
+    seconds: float = 60.0,
+    threads: int = 1,
+    seed: int = 0,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    channels: int = 3,
+    classes: int | None = None,
+    out: Path | None = None,
+    json_: Json = False,
+) -> None:
+    """Plan a scratchpad memory: order, addresses, and what moves to the large memory and back.
+
+    Example: gossamer hardware schedule densenet121 --scratchpad 1600KiB --out plan
+
+    Parameters
+    ----------
+    model
+        A timm name, torchvision:NAME, package.module:factory, or a folder written by gossamer.
+    scratchpad
+        Its size, as 512KB (512,000 bytes), 512KiB (524,288 bytes) or 1.5MiB.
+    order
+        "free": operators may change places; "fixed": they run as the network has them.
+    parameters
+        Also keep the parameters of the operator that runs.
+    fuse
+        Element-wise operators run in the step that makes their input.
+    bytes_
+        Of each element: 1 for int8, 4 for float32.
+    solver
+        "cp-sat" and "highs" solve the whole program, "windows" divides and conquers.
+    seconds
+        Time limit of the search; then the best plan so far is taken, with the bound.
+    threads
+        Of the solver.
+    seed
+        Of the solver.
+    weights
+        A safetensors file or a state dict.
+    image_size
+        Side in pixels. Default: the network's own, or 224.
+    channels
+        Of the input.
+    classes
+        Logits. Default: the network's own.
+    out
+        Folder for plan.json and the map of the memory, map.png.
+    json_
+        Print JSON.
+    """
+    from gossamer.core.files import write_json
+    from gossamer.core.graph import Graph
+    from gossamer.hardware import scratchpad as room
+    from gossamer.hardware.memory_graph import MemoryGraph, minimum_peak
+    from gossamer.hardware.memory_map import draw_map
+    from gossamer.hardware.scratchpad_baselines import baselines, require_room
+    from gossamer.hardware.scratchpad_plan import replay
+
+    budget = _bytes_of(scratchpad)
+    module, inputs = module_of(
+        model, weights, image_size=image_size, channels=channels, classes=classes
+    )
+    graph = MemoryGraph.from_graph(
+        Graph.trace(module, inputs), dtype_bytes=bytes_, parameters=parameters, fuse=fuse
+    )
+    require_room(graph, budget)
+    peak = minimum_peak(graph)
+    plan = room.schedule(
+        graph, budget, order=order, solver=solver, seconds=seconds, threads=threads, seed=seed,
+        peak=peak,
+    )  # fmt: skip
+    seen = replay(graph, plan)
+    report: dict[str, Any] = {
+        "model": model,
+        "operators": len(graph.ops),
+        "tensors": len(graph.sizes),
+        "required_bytes": graph.required,
+        "smallest_peak_bytes": peak.bytes,
+        "peak_in_given_order_bytes": max(graph.footprints(graph.order)),
+        "checked": {"peak_bytes": seen.peak_bytes, "highest_address": seen.highest},
+        "baselines": [
+            {
+                "name": b.name, "extra_bytes": b.extra_bytes, "arena_bytes": b.arena_bytes,
+                "fits": b.plan is not None,
+            }
+            for b in baselines(graph, budget, peak_order=peak.order)
+        ],
+        "plan": plan.to_json(graph),
+    }  # fmt: skip
+    if out is not None:
+        draw_map(graph, plan, out / "map.png")
+        write_json(out / "plan.json", report)
+    if json_:
+        print_json(report)
+        return
+    _show_schedule(report, out)
+
+
+def _bytes_of(text: str) -> int:
+    """Reads a size of memory."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match.group(2) not in units:
+        raise InputError(
+            f"the scratchpad cannot be {text!r:.40}; give a size as 512KB, 512KiB or 1.5MiB"
+        )
+    return int(float(match.group(1)) * units[match.group(2)])
+
+
+def _show_schedule(report: dict[str, Any], out: Path | None) -> None:
+    from rich.table import Table
+
+    console = out_console()
+    plan = report["plan"]
+    if plan["spills"]:
+        table = Table(title=f"{report['model']}: what moves")
+        for column in ("step", "operator", "tensor", "bytes", "what"):
+            table.add_column(column, justify="right" if column in ("step", "bytes") else "left")
+        events = [(e, "spill") for e in plan["spills"]] + [(e, "fill") for e in plan["fills"]]
+        for event, what in sorted(events, key=lambda e: (e[0]["step"], e[1] == "fill")):
+            operator = plan["order"][event["step"]] if event["step"] < len(plan["order"]) else ""
+            cells = (str(event["step"]), operator, event["tensor"], f"{event['bytes']:,}", what)
+            table.add_row(*cells)
+        console.print(table)
+    table = Table(title=f"{report['model']} in {plan['budget_bytes']:,} bytes")
+    for column in ("plan", "extra bytes", "addresses"):
+        table.add_column(column, justify="right" if column == "extra bytes" else "left")
+    table.add_row("this one", f"{plan['extra_bytes']:,}", "fit, checked byte by byte")
+    for row in report["baselines"]:
+        short = f"need {row['arena_bytes']:,} bytes: too fragmented"
+        table.add_row(row["name"], f"{row['extra_bytes']:,}", "fit" if row["fits"] else short)
+    console.print(table)
+    console.print(
+        f"{report['operators']} operators, {report['tensors']} tensors; the largest operator needs "
+        f"{report['required_bytes']:,} bytes, the whole {report['smallest_peak_bytes']:,} in the "
+        f"best order and {report['peak_in_given_order_bytes']:,} in its own"
+    )
+    console.print(
+        f"{plan['extra_bytes']:,} bytes move, {plan['status']}"
+        + (
+            f": no plan moves less than {plan['bound_bytes']:,} (gap {100 * plan['gap']:.0f} %)"
+            if plan["status"] != "optimal"
+            else ""
+        )
+        + f"; {plan['method']}, {plan['seconds']:.1f} s"
+    )
+    if out is not None:
+        console.print(f"wrote {out / 'plan.json'} and {out / 'map.png'}")

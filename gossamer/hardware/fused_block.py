@@ -23,7 +23,8 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -153,9 +154,15 @@ class FusedBlock(nn.Module):
         self.tile_rows = tile_rows
         self.backend: Backend = backend
         self._packed: tuple[np.ndarray, ...] | None = None
+        self._rows: dict[tuple[int, int], int] = {}
 
     def rows(self, width: int, height: int) -> int:
         """Output rows of a strip for inputs of that size."""
+        if (width, height) not in self._rows:
+            self._rows[width, height] = self._choose_rows(width, height)
+        return self._rows[width, height]
+
+    def _choose_rows(self, width: int, height: int) -> int:
         out_height, _ = output_size(self.folded, height, width)
         if not isinstance(self.tile_rows, str):
             return min(self.tile_rows, out_height)
@@ -341,6 +348,7 @@ def block_bytes(
     return element * (batch * (inputs * rows * width + project.out_channels * narrow) + weights)
 
 
+@cache
 def _half_of_second_cache() -> int:
     second = next((c.bytes for c in reported_caches() if c.name == "L2"), 1 << 20)
     return second // 2
@@ -511,7 +519,7 @@ def plan_blocks(
         if key not in known:
             known[key] = _timed(name, folded, fused, x, threads, rounds, round_ms)
         plan = known[key]
-        plans.append(BlockPlan(**{**plan.__dict__, "name": name}))
+        plans.append(replace(plan, name=name))
         _replace(chosen, name, fused if plan.fused else folded)
     return chosen, plans
 

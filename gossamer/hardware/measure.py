@@ -250,7 +250,7 @@ class _OnnxFiles:
             network = (
                 contender
                 if isinstance(contender, Network)
-                else Network(contender, tuple(_sized(inputs, 2)))
+                else Network(contender, tuple(resized(inputs, 2)))
             )
             path = self.folder / f"{len(self.known)}.onnx"
             write_onnx(network, path)
@@ -268,7 +268,7 @@ def _call(
     files: _OnnxFiles,
 ) -> Callable[[], Any] | None:
     """One call without arguments, or None if the contender does not know the runtime."""
-    sized = _sized(inputs, batch)
+    sized = resized(inputs, batch)
     if runtime == "onnxruntime":
         if isinstance(contender, Network | nn.Module):
             runner = OnnxRunner(files.of(contender, inputs), threads=threads)
@@ -316,7 +316,7 @@ def _call(
     return call
 
 
-def _sized(inputs: Sequence[Any], batch: int) -> tuple[Any, ...]:
+def resized(inputs: Sequence[Any], batch: int) -> tuple[Any, ...]:
     """Inputs repeated or cut to ``batch`` samples."""
 
     def one(x: Any) -> Any:
@@ -363,7 +363,7 @@ def peak_memory_of(
     Returns:
         Bytes, or None where the operating system does not tell.
     """
-    sized = _sized(inputs, batch)
+    sized = resized(inputs, batch)
     module = contender.module if isinstance(contender, Network) else contender
     if isinstance(module, nn.Module) and device_of(module).type == "cuda":
         device = device_of(module)

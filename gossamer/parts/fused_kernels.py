@@ -312,8 +312,8 @@ def _write_strip(
 
 @numba.njit(nogil=True)
 def _aligned(size: int) -> np.ndarray:
-    """Zeros that begin at a line of the cache: a vector across two lines is loaded twice."""
-    room = np.zeros(size + 16, np.float32)
+    """Room that begins at a line of the cache: a vector across two lines is loaded twice."""
+    room = np.empty(size + 16, np.float32)
     shift = (-(room.ctypes.data // 4)) % 16
     return room[shift : shift + size]
 
@@ -463,6 +463,8 @@ def mb_conv(
                 # The padding is 0, not the activated bias; the last vector reaches into it.
                 for c in range(expanded):
                     place = ((c * stride + phase) * lines + slot) * columns
+                    for i in range(low):
+                        ring[place + i] = 0
                     for i in range(high, columns):
                         ring[place + i] = 0
         ready = (y0 + rows - 1) * stride - pad + k

@@ -148,7 +148,7 @@ def test_modelled_traffic_of_the_paper_s_block():
     assert round(block_bytes(mbconv, 64, 64, batch=32, element=2) / 1e6, 2) == 436.36
     for rows in (1, 3, 64):  # a rolling buffer reads nothing twice
         fused = block_bytes(mbconv, 64, 64, batch=32, tile_rows=rows, element=2)
-        assert round(fused / 1e6, 2) == 33.95 - 0.24  # 33.71
+        assert round(fused / 1e6, 2) == 33.71
 
 
 def test_halo_factor_of_row_strips():
