@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from gossamer.cli.front import Json, app, out_console, print_json
 from gossamer.cli.given import module_of
+from gossamer.core.errors import InputError
 
 hardware = App(
     name="hardware",
