@@ -39,6 +39,7 @@ def page(report: Mapping[str, Any]) -> str:
         _before_after(report),
         _trials(report),
         _layers(report["layers"]),
+        _roofline(report.get("roofline")),
         _classes(report),
         _recipe(report),
         _verification(report),
@@ -445,6 +446,90 @@ def _layer(row: Mapping[str, Any], largest: Mapping[str, float]) -> str:
     )
 
 
+def _roofline(roofline: Mapping[str, Any] | None) -> str:
+    """Waterlines before and after: bars of operations by intensity, and what the memory admits."""
+    if not roofline:
+        return ""
+    ends = ("before", "after")
+    values = [
+        layer[key] for end in ends for layer in roofline[end]["layers"]
+        for key in ("intensity", "ridge")
+    ]  # fmt: skip
+    if not values or min(values) <= 0.0:
+        return ""
+    low, high = math.log10(min(values)) - 0.3, math.log10(max(values)) + 0.1
+    widest = max(roofline[end]["operations"] for end in ends)
+    panels = "".join(_waterline(end, roofline[end], low, high, widest) for end in ends)
+    rows = (
+        ("operations of a call (two a MAC)", "operations", _short),
+        ("at the peak rate, ms", "ideal_ms", "{:.3f}".format),
+        ("best by the waterline, ms", "best_ms", "{:.3f}".format),
+        ("best efficiency", "bound", "{:.3f}".format),
+        ("measured in ONNX Runtime, ms", "latency_ms", "{:.3f}".format),
+        ("measured efficiency", "efficiency", "{:.3f}".format),
+        ("number format", "dtype", str),
+    )
+    table = "".join(
+        f'<tr><th scope="row">{name}</th>'
+        + "".join(f"<td>{escape(shape(roofline[end][key]))}</td>" for end in ends)
+        + "</tr>"
+        for name, key, shape in rows
+    )
+    return (
+        '<section id="roofline"><h2>Efficiency</h2>'
+        '<p class="note">Each layer is a bar as wide as its operations and as high as its '
+        "operations a byte (logarithmic); a bar below the line of its memory is bound by the "
+        f"memory. Ceilings of {escape(str(roofline['device']))}, peak rate "
+        f"{escape(str(roofline['source']))}.</p>{panels}"
+        '<div class="scroll"><table><thead><tr><th scope="col"></th><th scope="col">before</th>'
+        f'<th scope="col">after</th></tr></thead><tbody>{table}</tbody></table></div></section>'
+    )
+
+
+def _waterline(
+    end: str, record: Mapping[str, Any], low: float, high: float, widest: float
+) -> str:  # fmt: skip
+    """One panel; both have one scale, so that a smaller network is narrower."""
+    width, height, left, top, bottom = 760, 150, 64, 8, 24
+    across, up = (width - left - 8) / (widest or 1.0), (height - top - bottom) / (high - low)
+
+    def y(value: float) -> float:
+        return height - bottom - (math.log10(value) - low) * up
+
+    parts = [
+        f'<line class="grid" x1="{left}" y1="{y(10.0**n):.1f}" x2="{width - 8}" '
+        f'y2="{y(10.0**n):.1f}"/><text x="{left - 8}" y="{y(10.0**n) + 4:.1f}" '
+        f'text-anchor="end">{10.0**n:g}</text>'
+        for n in range(math.ceil(low), math.floor(high) + 1)
+    ]
+    x, line = float(left), ""
+    for layer in record["layers"]:
+        wide = layer["operations"] * across
+        edge = y(layer["intensity"])
+        kind = " bound" if layer["intensity"] < layer["ridge"] else ""
+        lines = [
+            layer["module"] or "(the network)",
+            f"{_short(layer['operations'])} operations",
+            f"{layer['intensity']:.2f} operations a byte",
+            f"{layer['memory']} admits all from {layer['ridge']:.2f} on",
+        ]
+        parts.append(
+            f'<rect class="water{kind}" x="{x:.2f}" y="{edge:.1f}" width="{max(0.2, wide):.2f}" '
+            f'height="{max(0.0, height - bottom - edge):.1f}" '
+            f'data-tip="{escape(json.dumps(lines))}"/>'
+        )
+        ridge = y(layer["ridge"])
+        line += f"{'L' if line else 'M'}{x:.2f} {ridge:.1f}L{x + wide:.2f} {ridge:.1f}"
+        x += wide
+    return (
+        f'<figure><svg class="waterline" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="Waterline {end}: best efficiency {record["bound"]:.3f}, measured '
+        f'{record["efficiency"]:.3f}">{"".join(parts)}<path class="ridge" d="{line}"/>'
+        f'<text class="axis" x="{left}" y="{height - 6}">{end}: best efficiency '
+        f"{record['bound']:.3f}, measured {record['efficiency']:.3f}</text></svg></figure>"
+    )
+
+
 def _classes(report: Mapping[str, Any]) -> str:
     scores = report["classes"]
     if not scores:
@@ -641,7 +726,8 @@ b.new{background:var(--kept);width:8px;height:8px;margin:-4px 0 0 -4px}
 b.dot{position:static;display:inline-block;margin:0 .2rem 0 .6rem}
 b.dot:first-child{margin-left:0}
 figure{margin:0 0 .75rem}svg text{fill:var(--soft);font-size:12px}svg .axis{font-size:13px}
-#trials{width:100%;height:auto;display:block}.grid{stroke:var(--line)}
+#trials,.waterline{width:100%;height:auto;display:block}.water{fill:var(--kept)}
+.water.bound{fill:var(--bad)}.ridge{fill:none;stroke:var(--ink);stroke-width:1.5}.grid{stroke:var(--line)}
 .mark{stroke-width:1.5;outline:none}.mark.beaten{fill:none;stroke:var(--soft);opacity:.75}
 .mark.front{fill:var(--kept);stroke:var(--mark);fill-opacity:.85}
 .mark.chosen{fill:var(--gone);stroke:var(--ink)}

@@ -27,7 +27,7 @@ from gossamer.compress.deploy import packed_runner
 from gossamer.compress.planner import Planner, Timer
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.workspace import PACKED, Workspace
-from gossamer.core.errors import BudgetError, GossamerError, InputError
+from gossamer.core.errors import BudgetError, GossamerError, InputError, first_line
 from gossamer.core.experiment import about
 from gossamer.core.export import OnnxRunner, largest_difference, write_onnx, write_pt2
 from gossamer.core.files import exclusive, load_state, read_json, save_state, write_json, write_text
@@ -243,7 +243,7 @@ class _Job:
         write_onnx(dense, files["before"], metadata=metadata)
         write_onnx(small, files["after"], metadata=metadata)
         # From here on only what was written and loaded again counts.
-        rows, ratio = self._measured(dense, small, files)
+        rows, ratio, roofline = self._measured(dense, small, files)
         save_network(stage, small.module, small.example_inputs, metadata | {"origin": self.origin})
         packed = self._packed(dense, small, stage)
         drop = rows["before"]["score"] - rows["after"]["score"]
@@ -279,6 +279,7 @@ class _Job:
             "runtime": small.runtime,
             "packed": packed,
             "layers": _layers(dense, small),
+            "roofline": roofline,
             "classes": self._classes(files),
             "trials": trials,
             "verified": verified,
@@ -302,17 +303,19 @@ class _Job:
 
     def _measured(
         self, dense: Network, small: Network, files: Mapping[str, Path]
-    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any], dict[str, Any] | None]:
         timings = measure(
             files, dense.example_inputs, batch_sizes=(self.timer.batch,),
             threads=(self.timer.threads,), rounds=max(20, self.timer.rounds), energy=True,
         )  # fmt: skip
         by_name = {timing.name: timing for timing in timings}
         split = "test" if self.task.size("test") else "validation"
-        rows = {}
+        rows: dict[str, dict[str, Any]] = {}
+        graphs: dict[str, Graph] = {}
         for name, network in (("before", dense), ("after", small)):
             runner = OnnxRunner(files[name], threads=self.timer.threads)
             graph = Graph.trace(network.module, network.example_inputs)
+            graphs[name] = graph
             latency = by_name[name].latency
             rows[name] = {
                 "score": self.task.score(runner, split),
@@ -332,7 +335,41 @@ class _Job:
             }  # fmt: skip
         speed = compare(by_name["before"], by_name["after"])
         ratio = {"ratio": speed.ratio, "low": speed.low, "high": speed.high, "winner": speed.winner}
-        return rows, ratio
+        formats = {"before": dense.storage, "after": small.storage}
+        return rows, ratio, self._roofline(rows, graphs, formats)
+
+    def _roofline(
+        self,
+        rows: Mapping[str, Mapping[str, Any]],
+        graphs: Mapping[str, Graph],
+        formats: Mapping[str, Mapping[str, str]],
+    ) -> dict[str, Any] | None:
+        """How efficient both networks are and could be here; None where it cannot be told."""
+        try:
+            # Compilers are loaded only where a network is finished.
+            from gossamer.hardware.calibrate import device_at_hand
+            from gossamer.hardware.roofline import roofline_record
+
+            device = device_at_hand(threads=self.timer.threads)
+            # An int8 file computes in int8 where it is run; its ceiling is another.
+            integer = "int8" in device.macs_per_second
+            return {
+                "device": device.name,
+                "source": device.macs_per_second["float32"].source,
+                **{
+                    name: roofline_record(
+                        graph, device, batch=self.timer.batch,
+                        latency_ms=rows[name]["latency_ms"]["p50"],
+                        dtype="int8"
+                        if integer and any(f.startswith("int8/") for f in formats[name].values())
+                        else "float32",
+                    )
+                    for name, graph in graphs.items()
+                },
+            }  # fmt: skip
+        except Exception as error:  # an illustration: nothing of it may lose a finished network
+            log.warning("the report has no roofline: %s", first_line(error))
+            return None
 
     def _packed(self, dense: Network, small: Network, stage: Path) -> dict[str, Any] | None:
         """What the packed form costs and answers, after it was written and loaded again."""

@@ -15,6 +15,7 @@ visual performance model", CACM 2009, for measured ceilings.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -126,20 +127,56 @@ def machine_device(
         number of threads and version of torch, or if the file is damaged.
     """
     place = cached_place(cache, threads=threads, device=device)
-    if place.is_file():
-        try:
-            found = read_device(place)
-            if found.kind == ("gpu" if device == "cuda" else "cpu"):
-                return found
-            log.warning("%s describes a %s; measuring again", place, found.kind)
-        except InputError as error:
-            log.warning("%s; measuring again", error)
+    found = _kept(place, device)
+    if found is not None:
+        return found
     measured = calibrate(threads=threads, device=device)
     try:
         measured.write(place)
     except InputError as error:  # a home that cannot be written is no reason to fail
         log.warning("%s", error)
     return measured
+
+
+def device_at_hand(cache: Path | None = None, *, threads: int = 1) -> Device:
+    """This machine's description if it was calibrated, or its float32 ceilings measured briefly.
+
+    Args:
+        cache: see :func:`machine_device`.
+        threads: the figures hold for this many.
+
+    Returns:
+        The kept description; else one of float32 and the memories, measured in about two seconds
+        and not kept, as its sources say.
+    """
+    found = _kept(cached_place(cache, threads=threads), "cpu")
+    if found is not None:
+        return found
+    return _brief(threads)
+
+
+@functools.cache
+def _brief(threads: int) -> Device:
+    when = f"measured briefly {date.today().isoformat()}"
+    with torch_threads(threads):
+        peak = measure_peak("float32", threads=threads, seconds=0.4, when=when)
+        memories = _memories(threads, 0.5, when, sweeps=("copy",))
+    return Device(_name(threads), "cpu", {"float32": peak}, tuple(memories), threads=threads)
+
+
+def _kept(place: Path, device: str) -> Device | None:
+    """The description in a cache, or None if there is none that is whole and of this kind."""
+    if not place.is_file():
+        return None
+    try:
+        found = read_device(place)
+    except InputError as error:
+        log.warning("%s; measuring again", error)
+        return None
+    if found.kind != ("gpu" if device == "cuda" else "cpu"):
+        log.warning("%s describes a %s; measuring again", place, found.kind)
+        return None
+    return found
 
 
 def cached_place(
@@ -310,7 +347,13 @@ def _count(processors: str) -> int:
 
 
 def measure_bandwidth(
-    low: int, high: int, *, threads: int = 1, seconds: float = 1.0, when: str = "measured"
+    low: int,
+    high: int,
+    *,
+    threads: int = 1,
+    seconds: float = 1.0,
+    when: str = "measured",
+    sweeps: Sequence[str] = ("read", "copy", "triad"),
 ) -> Figure:
     """Bytes per second of reading and writing working sets between two sizes.
 
@@ -320,9 +363,10 @@ def measure_bandwidth(
         threads: each has a working set of its own.
         seconds: what it may take.
         when: what the source begins with.
+        sweeps: which of read, copy ``a = b + s`` and triad ``a = b + s c``.
 
     Returns:
-        The best of three sweeps (read, copy ``a = b + s``, triad ``a = b + s c``) over three sizes;
+        The best of the sweeps over three sizes;
         bytes read and bytes written count alike, lines that are only fetched to be overwritten do
         not.
     """
@@ -330,7 +374,8 @@ def measure_bandwidth(
     best, how = 0.0, ""
     with ThreadPoolExecutor(threads) as pool:
         for size in sizes:
-            for name, (arrays, sweep) in _SWEEPS.items():
+            for name in sweeps:
+                arrays, sweep = _SWEEPS[name]
                 length = max(64, size // (4 * arrays) // 16 * 16)
                 # A call of at least a millisecond, so that neither the clock nor threads matter.
                 times = max(1, 25_000_000 // (threads * length * arrays))
@@ -344,7 +389,7 @@ def measure_bandwidth(
                     else:
                         list(pool.map(lambda own: sweep(*own, times), sets))
 
-                spent = _fastest(call, seconds / (len(sizes) * len(_SWEEPS)))
+                spent = _fastest(call, seconds / (len(sizes) * len(sweeps)))
                 rate = threads * times * length * 4 * arrays / spent
                 if rate > best:
                     best, how = rate, f"{name} of {_words(length * 4 * arrays)}"
@@ -385,7 +430,9 @@ _SWEEPS: Mapping[str, tuple[int, Any]] = {
 }
 
 
-def _memories(threads: int, seconds: float, when: str) -> list[Memory]:
+def _memories(
+    threads: int, seconds: float, when: str, sweeps: Sequence[str] = tuple(_SWEEPS)
+) -> list[Memory]:
     caches = reported_caches()
     share = seconds / (len(caches) + 1)
     found: list[tuple[str, Figure, Figure]] = []
@@ -406,8 +453,9 @@ def _memories(threads: int, seconds: float, when: str) -> list[Memory]:
     total = _installed()
     large = min(max(256 << 20, 8 * caches[-1].bytes if caches else 0), total // 4)
     rate = measure_bandwidth(
-        large // threads, large // threads, threads=threads, seconds=share, when=when
-    )
+        large // threads, large // threads, threads=threads, seconds=share, when=when,
+        sweeps=sweeps,
+    )  # fmt: skip
     found.append(("memory", Figure(float(total), "reported by the system"), rate))
     # A nearer memory is never slower; where noise says so, the better figure holds for both.
     memories: list[Memory] = []

@@ -324,6 +324,51 @@ def _moved(graph: Graph, op: Operator, batch: int, element: int) -> int:
     return element * (batch * (op.input_bytes - held + op.output_bytes) + held) // 4
 
 
+def roofline_record(
+    graph: Graph, device: Device, *, batch: int, latency_ms: float, dtype: str = "float32"
+) -> dict[str, Any]:
+    """What the report of a compressed network shows: its waterline and measured efficiency.
+
+    Args:
+        graph: the network.
+        device: whose ceilings bound it.
+        batch: samples of the timed call.
+        latency_ms: measured, of one call in a runtime that fuses what has no arithmetic.
+        dtype: number format that it computes in.
+
+    Returns:
+        JSON values: operations counted; ideal and best milliseconds and best efficiency of the
+        layers that multiply, modelled; latency and efficiency measured; and for each such layer its
+        module, operations, intensity and ridge.
+    """
+    rows = model_layers(graph, device, batch=batch, dtype=dtype)
+    rows = [row for row in rows if row.kind == "arithmetic" and row.operations]
+    peak = 2.0 * device.peak(dtype)
+    operations = sum(row.operations or 0.0 for row in rows)
+    best = sum(row.best_seconds or 0.0 for row in rows)
+    ideal = operations / peak
+    return {
+        "dtype": dtype,
+        "batch": batch,
+        "operations": operations,
+        "ideal_ms": 1e3 * ideal,
+        "best_ms": 1e3 * best,
+        "bound": ideal / best if best else 0.0,
+        "latency_ms": latency_ms,
+        "efficiency": 1e3 * ideal / latency_ms,
+        "layers": [
+            {
+                "module": row.module,
+                "operations": row.operations,
+                "intensity": row.intensity,
+                "ridge": peak / device.bandwidth(row.memory),
+                "memory": row.memory,
+            }
+            for row in rows
+        ],
+    }
+
+
 # Measuring
 
 

@@ -115,6 +115,41 @@ def test_noise_is_called_noise() -> None:
     )
 
 
+def waterlined(*layers: tuple[str, float, float, float]) -> dict[str, Any]:
+    return {
+        "dtype": "float32", "batch": 1, "operations": sum(n for _, n, _, _ in layers),
+        "ideal_ms": 1.0, "best_ms": 1.25, "bound": 0.8, "latency_ms": 4.0, "efficiency": 0.25,
+        "layers": [
+            {"module": m, "operations": n, "intensity": i, "ridge": r, "memory": "L2"}
+            for m, n, i, r in layers
+        ],
+    }  # fmt: skip
+
+
+def test_the_roofline_is_drawn_before_and_after() -> None:
+    assert 'id="roofline"' not in page(REPORT), "a report without one has no hole"
+    assert 'id="roofline"' not in page(changed(roofline=None))
+    before = waterlined(("stem", 300.0, 10.0, 4.0), (EVIL, 100.0, 1.0, 4.0))
+    after = waterlined(("stem", 200.0, 8.0, 4.0))
+    text = page(
+        changed(
+            roofline={"device": "a machine", "source": "measured", "before": before, "after": after}
+        )
+    )
+    section = text[text.index('id="roofline"') : text.index("</section>", text.index('"roofline"'))]
+    bars = re.findall(
+        r'<rect class="water( bound)?" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)"', section
+    )
+    # 688 units wide for the 400 operations before; both panels on one scale.
+    assert [(kind, float(width)) for kind, _, _, width in bars] == [
+        ("", 516.0), (" bound", 172.0), ("", 344.0),
+    ]  # fmt: skip
+    assert float(bars[1][1]) == float(bars[0][1]) + 516.0
+    assert float(bars[0][2]) < float(bars[2][2]) < float(bars[1][2]), "higher is more intense"
+    assert section.count("best efficiency 0.800, measured 0.250") == 4  # drawn, and read aloud
+    assert EVIL not in section and "<script>" not in section
+
+
 def test_what_is_not_verified_says_so() -> None:
     assert "not verified" not in page(REPORT).lower()
     assert "✗ not verified" in page(changed(verified=False))

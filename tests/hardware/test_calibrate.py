@@ -108,6 +108,16 @@ def test_a_machine_is_calibrated_once(tmp_path, monkeypatch):
     assert read_device(cached_place(tmp_path)) == first
 
 
+def test_what_is_at_hand_is_kept_or_brief(tmp_path, measured):
+    brief = calibrate.device_at_hand(tmp_path)
+    assert "briefly" in brief.macs_per_second["float32"].source
+    assert list(brief.macs_per_second) == ["float32"]
+    assert calibrate.device_at_hand(tmp_path) is brief  # once a process
+    assert not list(tmp_path.iterdir())
+    measured.write(cached_place(tmp_path))
+    assert calibrate.device_at_hand(tmp_path) == measured
+
+
 def test_a_home_that_cannot_be_written_is_no_failure(tmp_path, monkeypatch):
     device = Device(
         "fake", "cpu", {"float32": Figure(5e10, "counted")},

@@ -16,6 +16,7 @@ from gossamer.hardware.roofline import (
     layer_operations,
     model_layers,
     operator_seconds,
+    roofline_record,
     waterline,
     waterline_figure,
     write_report,
@@ -218,6 +219,21 @@ def test_an_operator_without_a_model_is_named():
     (row,) = [r for r in report.layers if r.kind == "measured only"]
     assert row.operations is None and row.efficiency is None
     assert row.seconds > 0
+
+
+def test_a_record_for_a_report():
+    """Only what multiplies: one ReLU more changes nothing."""
+    net = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 1, bias=False))
+    record = roofline_record(
+        Graph.trace(net, (torch.randn(2, 8, 10, 10),)), caches(), batch=4, latency_ms=0.01
+    )
+    operations, moved = 2 * 4 * 100 * 64, 4 * (4 * 2 * 800 + 64)
+    assert record["operations"] == 2 * operations
+    assert [r["intensity"] for r in record["layers"]] == [pytest.approx(operations / moved)] * 2
+    assert [r["ridge"] for r in record["layers"]] == [0.4, 0.4]  # 100 G operations, L1: 250 GB/s
+    assert record["ideal_ms"] == pytest.approx(1e3 * 2 * operations / 100e9)
+    assert record["efficiency"] == pytest.approx(record["ideal_ms"] / 0.01)
+    assert record["bound"] == 1.0
 
 
 # Measuring
