@@ -356,7 +356,8 @@ def draw(result: Result, path: Path) -> None:
     right.set_ylabel("test accuracy (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if axes.has_data():
+            axes.legend(fontsize=7)
     figure.savefig(path, dpi=120, format="png")
 
 
