@@ -139,6 +139,99 @@ def calibrate(
 
 
 @hardware.command
+def predict(
+    model: str,
+    *,
+    batch: int = 1,
+    threads: int = 1,
+    device: str | None = None,
+    measure: bool = False,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    channels: int = 3,
+    classes: int | None = None,
+    json_: Json = False,
+) -> None:
+    """Predict how long a network takes in ONNX Runtime, from its operators.
+
+    Example: gossamer hardware predict resnet18 --batch 8
+
+    Parameters
+    ----------
+    model
+        A timm name, torchvision:NAME, package.module:factory, or a folder written by gossamer.
+    batch
+        Samples in the call.
+    threads
+        Of ONNX Runtime.
+    device
+        A device file or a name: only its roofline is shown. Default: this machine.
+    measure
+        Also measure the network itself.
+    weights
+        A safetensors file or a state dict.
+    image_size
+        Side in pixels. Default: the network's own, or 224.
+    channels
+        Of the input.
+    classes
+        Logits. Default: the network's own.
+    json_
+        Print JSON.
+    """
+    import tempfile
+
+    from gossamer.core.export import OnnxRunner, write_onnx
+    from gossamer.core.network import Network
+    from gossamer.hardware.calibrate import machine_device
+    from gossamer.hardware.device import read_device
+    from gossamer.hardware.measure import measure as timed
+    from gossamer.hardware.measure import resized
+    from gossamer.hardware.onnx_operators import onnx_operators
+    from gossamer.hardware.predictor import LookupTable, Roofline
+
+    if min(batch, threads) < 1:
+        raise InputError(f"--batch and --threads must be at least 1, not {batch} and {threads}")
+    module, inputs = module_of(
+        model, weights, image_size=image_size, channels=channels, classes=classes
+    )
+    report: dict[str, Any] = {"model": model, "batch": batch, "threads": threads}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        write_onnx(Network(module.eval(), inputs), path)
+        feed = OnnxRunner(path).feed(*resized(inputs, batch))
+        found = onnx_operators(path, feed, threads=threads)
+        described = machine_device(threads=threads) if device is None else read_device(device)
+        report |= {
+            "device": described.name,
+            "operators": len(found),
+            "roofline_ms": Roofline(described).predict(found),
+        }
+        if device is None:
+            report["table_ms"] = LookupTable.of_machine(threads=threads).predict(found)
+        if measure:
+            (timing,) = timed({model: path}, inputs, batch_sizes=(batch,), threads=(threads,))
+            report["measured_ms"] = timing.latency.p50
+    if json_:
+        print_json(report)
+        return
+    said = {
+        "roofline_ms": "modelled: the roofline",
+        "table_ms": "modelled: operators timed one by one",
+        "measured_ms": "measured, median",
+    }
+    from rich.table import Table
+
+    table = Table(title=f"{model}, batch {batch}, on {report['device']}")
+    table.add_column("")
+    table.add_column("ms", justify="right")
+    for key, words in said.items():
+        if key in report:
+            table.add_row(words, f"{report[key]:.3f}")
+    out_console().print(table)
+
+
+@hardware.command
 def roofline(
     model: str,
     *,

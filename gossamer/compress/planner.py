@@ -2,9 +2,10 @@
 
 Trials are proposed by optuna's multi-objective sampler (score up, cost down) and judged by
 successive halving (Jamieson and Talwalkar, AISTATS 2016): many recipes get a short fine-tuning, the
-better third a longer one, and the best of those the rest of the time. Costs are measured on this
-device, and a step such as int8 stays only where it pays. Finished trials are records of the
-workspace, so an interrupted search goes on where it stopped.
+better third a longer one, and the best of those the rest of the time. Latency is predicted from
+a table of operators timed on this device in the first rung, where many recipes have to be ranked,
+and measured in turns with the original afterwards; a step such as int8 stays only where it pays.
+Finished trials are records of the workspace, so an interrupted search goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from gossamer.compress.deploy import Deployed, deploy
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.workspace import Workspace
 from gossamer.core.errors import BudgetError, GossamerError
+from gossamer.core.export import OnnxRunner
 from gossamer.core.graph import Graph
 from gossamer.core.network import Network
 from gossamer.core.progress import progress
 from gossamer.core.task import Task, seed_of
-from gossamer.hardware.measure import compare, measure
+from gossamer.hardware.measure import compare, measure, resized
+from gossamer.hardware.onnx_operators import onnx_operators
+from gossamer.hardware.predictor import LookupTable
 from gossamer.parts.front import undominated
 
 log = logging.getLogger(__name__)
@@ -61,9 +65,14 @@ class Timer:
 
 
 def costs(
-    contenders: Mapping[str, Network | Path], inputs: Sequence[Any], folder: Path, timer: Timer
+    contenders: Mapping[str, Network | Path],
+    inputs: Sequence[Any],
+    folder: Path,
+    timer: Timer,
+    *,
+    table: LookupTable | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Deployed]]:
-    """Deployed bytes and median latency of several networks measured in turns, and their counts.
+    """Deployed bytes and latency of several networks, and their counts.
 
     The latency is that of the ONNX file, whatever the network's runtime.
 
@@ -72,6 +81,7 @@ def costs(
         inputs: positional arguments, batch first.
         folder: gets the deployed files.
         timer: how they are timed.
+        table: predicts latencies, operator by operator; None measures them, in turns.
 
     Returns:
         Costs by budget name, and what was deployed of each network. "speedup" is the first one's
@@ -86,25 +96,45 @@ def costs(
         name: contender if isinstance(contender, Path) else made[name].onnx
         for name, contender in contenders.items()
     }
+    times = (
+        _measured(files, inputs, timer)
+        if table is None
+        else _predicted(files, inputs, timer, table)
+    )
+    rows = {}
+    for name, contender in contenders.items():
+        latency, speedup = times[name]
+        size = made[name].nbytes if name in made else files[name].stat().st_size
+        rows[name] = {"size": float(size), "latency": latency, "speedup": speedup}
+        if not isinstance(contender, Path):
+            graph = Graph.trace(contender.module, inputs)
+            rows[name] |= {"macs": float(graph.macs), "params": float(graph.parameters)}
+    return rows, made
+
+
+def _measured(
+    files: Mapping[str, Path], inputs: Sequence[Any], timer: Timer
+) -> dict[str, tuple[float, float]]:
+    """Median milliseconds, and how many times as fast as the first, round by round."""
     timings = measure(
         files, inputs, batch_sizes=(timer.batch,), threads=(timer.threads,), rounds=timer.rounds
     )
-    rows = {}
-    for timing in timings:
-        rows[timing.name] = {
-            "size": float(
-                made[timing.name].nbytes
-                if timing.name in made
-                else files[timing.name].stat().st_size
-            ),
-            "latency": timing.latency.p50,
-            "speedup": compare(timings[0], timing).ratio if timing is not timings[0] else 1.0,
-        }
-        contender = contenders[timing.name]
-        if not isinstance(contender, Path):
-            graph = Graph.trace(contender.module, inputs)
-            rows[timing.name] |= {"macs": float(graph.macs), "params": float(graph.parameters)}
-    return rows, made
+    first = timings[0]
+    return {
+        t.name: (t.latency.p50, compare(first, t).ratio if t is not first else 1.0) for t in timings
+    }
+
+
+def _predicted(
+    files: Mapping[str, Path], inputs: Sequence[Any], timer: Timer, table: LookupTable
+) -> dict[str, tuple[float, float]]:
+    """Predicted milliseconds, and how many times as fast as the first."""
+    found: dict[str, float] = {}
+    for name, file in files.items():
+        feed = OnnxRunner(file).feed(*resized(inputs, timer.batch))
+        found[name] = table.predict(onnx_operators(file, feed, threads=timer.threads))
+    first = next(iter(found.values()))
+    return {name: (spent, first / max(spent, 1e-9)) for name, spent in found.items()}
 
 
 @dataclass
@@ -226,6 +256,12 @@ class Planner:
         chosen = ranked(finalists, self.budget.max_drop)[0]
         return {"recipe": recipe_of(chosen["choices"], epochs).to_json(), "trial": chosen["number"]}
 
+    def _table(self) -> LookupTable:
+        """Times of operators, kept in this run's folder: another machine's do not slip in."""
+        return LookupTable(
+            threads=self.timer.threads, path=self.workspace.path("operator-times.json")
+        )
+
     def _seconds_per_epoch(self) -> float:
         """Times an epoch of training the dense network."""
         record = self.workspace.record("epoch")
@@ -318,19 +354,21 @@ class Planner:
         row: dict[str, Any] = {
             "number": number, "rung": rung, "choices": dict(params), "recipe": recipe.to_json(),
             "score": None, "broken": [], "excess": math.inf, "failed": None,
+            "latency_is": "predicted" if rung == 0 else "measured",
         }  # fmt: skip
         folder = self.workspace.path("trial-files")
         try:
             network, seed = self.dense, seed_of("trial", self.seed, number)
             for step, own in zip(recipe.steps, recipe.seeds(seed), strict=True):
                 network = step.apply(network, self.task, teacher=self.dense, seed=own, cpu=self.cpu)
-            measured, made = costs(
+            found, made = costs(
                 {"dense": folder / "dense.onnx", "trial": network},
                 self.dense.example_inputs,
                 folder,
                 self.timer,
+                table=self._table() if rung == 0 else None,
             )
-            cost = measured["trial"]
+            cost = found["trial"]
             # Latency moves with the machine: what counts is the ratio to the dense network's now.
             cost["latency"] = base["latency"] / cost["speedup"]
             score = self.task.score(made["trial"].run, "validation")

@@ -227,7 +227,11 @@ def _trials(report: Mapping[str, Any]) -> str:
     plot = _scatter(report, scored) if scored else ""
     rows = "".join(
         f"<tr><td>{t['number']}</td><td>{t['rung']}</td><td>{t['score']:.2f}</td>"
-        f"<td>{t['latency']:.3f}</td><td>{_count(t['size'])}</td>"
+        + "".join(
+            f"<td>{t['latency']:.3f}</td>" if _latency_is(t) == kind else "<td></td>"
+            for kind in ("measured", "predicted")
+        )
+        + f"<td>{_count(t['size'])}</td>"
         f'<td>{_marks(t)}</td><td class="words">{escape(_choices(t))}</td></tr>'
         for t in scored
     )
@@ -239,7 +243,16 @@ def _trials(report: Mapping[str, Any]) -> str:
         '<details><summary>All trials as a table</summary><div class="scroll"><table><thead><tr>'
         + "".join(
             f'<th scope="col">{name}</th>'
-            for name in ("trial", "rung", "score", "ms", "bytes", "", "recipe")
+            for name in (
+                "trial",
+                "rung",
+                "score",
+                "ms, measured",
+                "ms, predicted",
+                "bytes",
+                "",
+                "recipe",
+            )
         )
         + f"</tr></thead><tbody>{rows}</tbody></table></div></details>"
     )
@@ -248,6 +261,10 @@ def _trials(report: Mapping[str, Any]) -> str:
         + (f"<p>Trials that failed:</p><ul>{lost}</ul>" if lost else "")
         + "</section>"
     )
+
+
+def _latency_is(trial: Mapping[str, Any]) -> str:
+    return str(trial.get("latency_is", "measured"))
 
 
 def _marks(trial: Mapping[str, Any]) -> str:
@@ -278,7 +295,8 @@ def _scatter(report: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> 
     marks: list[dict[str, Any]] = []
     for t in trials:
         kind = "chosen" if t.get("chosen") else "front" if t["on_front"] else "beaten"
-        said = f"trial {t['number']}, rung {t['rung']}" + (f" ({m})" if (m := _marks(t)) else "")
+        words = [w for w in (_marks(t), f"latency {_latency_is(t)}") if w]
+        said = f"trial {t['number']}, rung {t['rung']} ({', '.join(words)})"
         marks.append(
             {
                 "x": t["latency"], "y": t["score"], "size": t["size"], "kind": kind,

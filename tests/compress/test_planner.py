@@ -19,6 +19,7 @@ from gossamer.compress.planner import (
     VALUES,
     Planner,
     Timer,
+    costs,
     mark_front,
     ranked,
     recipe_of,
@@ -28,6 +29,8 @@ from gossamer.compress.workspace import Workspace
 from gossamer.core.errors import BudgetError
 from gossamer.core.network import Network
 from gossamer.datasets import open_task
+from gossamer.hardware.predictor import LookupTable
+from gossamer.models.plain import mlp
 
 
 def trial(number: int, score: float | None, latency: float = 1.0, **other: Any) -> dict[str, Any]:
@@ -134,6 +137,23 @@ def small() -> nn.Module:
         )  # fmt: skip
 
 
+def test_predicted_costs_rank_as_measured_ones(tmp_path: Path, one_thread: None) -> None:
+    task = open_task("digits")
+    networks = {
+        f"{width}": Network(mlp((64, width, width, 10)), task.example_inputs)
+        for width in (1024, 128, 512)
+    }
+    timer, table = Timer(batch=32), LookupTable()
+    rows, made = costs(networks, task.example_inputs, tmp_path, timer, table=table)
+    assert rows["128"]["latency"] < rows["512"]["latency"] < rows["1024"]["latency"]
+    assert rows["1024"]["speedup"] == 1.0
+    faster = rows["1024"]["latency"] / rows["128"]["latency"]
+    assert rows["128"]["speedup"] == pytest.approx(faster)
+    assert rows["512"]["size"] == made["512"].onnx.stat().st_size
+    macs = 64 * 128 + 128 * 128 + 1280
+    assert rows["128"]["macs"] == macs
+
+
 def planner(folder: Path, **budget: Any) -> Planner:
     task = open_task("digits")
     return Planner(
@@ -175,6 +195,11 @@ def test_a_search_replays_its_finished_trials(
     # All are told relative to one measurement of the original, also after the interruption.
     products = [t["latency"] * t["speedup"] for t in trials if t["score"] is not None]
     assert max(products) == pytest.approx(min(products))
+    # Many recipes are ranked by what the table of operators says, the better ones are measured.
+    assert {(t["rung"], t["latency_is"]) for t in trials} <= {
+        (0, "predicted"), (1, "measured"), (2, "measured"),
+    }  # fmt: skip
+    assert LookupTable(path=tmp_path / ".work" / "operator-times.json").times
     (chosen,) = [t for t in trials if t["chosen"]]
     assert not chosen["broken"]
     assert recipe.steps[0] == Recipe.from_json(chosen["recipe"]).steps[0]
