@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from gossamer.core.errors import InputError
 from gossamer.core.task import evaluating
 from gossamer.hardware.calibrate import reported_caches
-from gossamer.hardware.measure import compare, measure
+from gossamer.hardware.measure import Contender, compare, measure
 from gossamer.models.convfirst import ConvFirst, MBConv
 
 Backend = Literal["auto", "torch", "numba", "triton"]
@@ -468,6 +469,7 @@ def plan_blocks(
     threads: int = 1,
     rounds: int = 15,
     round_ms: float = 15.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[nn.Module, list[BlockPlan]]:
     """Fuses the blocks of a network that are faster fused, at the shapes they have in it.
 
@@ -478,6 +480,7 @@ def plan_blocks(
         threads: of torch and the kernels.
         rounds: turns of each contender.
         round_ms: time a contender has in a round, milliseconds.
+        clock: see :func:`gossamer.hardware.measure.measure`.
 
     Returns:
         A copy whose ConvFirst and MBConv blocks are fused where that was faster beyond the noise,
@@ -511,22 +514,60 @@ def plan_blocks(
             continue
         x = seen[name]
         folded = FoldedBlock.of(block)
-        fused = fuse_block(folded)
         key = (
             folded.kind, tuple(x.shape), x.stride(), folded.conv.groups, folded.conv.kernel_size,
             folded.conv.stride, folded.expand.out_channels, folded.project.out_channels,
         )  # fmt: skip
         if key not in known:
-            known[key] = _timed(name, folded, fused, x, threads, rounds, round_ms)
+            rows = tuned_rows(folded, x, threads=threads, clock=clock)
+            fused = fuse_block(folded, tile_rows=rows)
+            known[key] = _timed(name, folded, fused, x, threads, rounds, round_ms, clock)
         plan = known[key]
         plans.append(replace(plan, name=name))
+        fused = fuse_block(folded, tile_rows=plan.tile_rows)
         _replace(chosen, name, fused if plan.fused else folded)
     return chosen, plans
 
 
+def tuned_rows(
+    folded: FoldedBlock,
+    x: Tensor,
+    *,
+    threads: int = 1,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """The fastest height of strips for an input, among a few around what "auto" takes.
+
+    Args:
+        folded: the block.
+        x: the input, ``[batch, channels, height, width]``.
+        threads: of the kernel.
+        rounds: turns of each height.
+        clock: see :func:`gossamer.hardware.measure.measure`.
+
+    Returns:
+        Output rows of a strip: what "auto" takes, half or twice as many, or all.
+    """
+    height, width = x.shape[2:]
+    high = output_size(folded, height, width)[0]
+    first = fuse_block(folded).rows(width, height)
+    heights = sorted({max(1, first // 2), first, min(high, 2 * first), high})
+    if len(heights) == 1:
+        return first
+    contenders: dict[str, Contender] = {
+        str(rows): fuse_block(folded, tile_rows=rows) for rows in heights
+    }
+    timings = measure(
+        contenders, (x,), batch_sizes=(len(x),), threads=(threads,), runtimes=("torch",),
+        rounds=rounds, round_ms=5.0, warmup_ms=10.0, clock=clock,
+    )  # fmt: skip
+    return int(min(timings, key=lambda t: float(np.median(t.rounds))).name)
+
+
 def _timed(
     name: str, folded: FoldedBlock, fused: FusedBlock, x: Tensor, threads: int, rounds: int,
-    round_ms: float,
+    round_ms: float, clock: Callable[[], float],
 ) -> BlockPlan:  # fmt: skip
     # A callable is measured with the very tensor, whose memory format counts.
     def layer_by_layer(_: Tensor) -> Tensor:
@@ -540,7 +581,7 @@ def _timed(
     unfused_timing, fused_timing = measure(
         {"layer by layer": layer_by_layer, "fused": fused_at_once}, (x,),
         batch_sizes=(len(x),), threads=(threads,), runtimes=("torch",), rounds=rounds,
-        round_ms=round_ms, warmup_ms=50.0,
+        round_ms=round_ms, warmup_ms=50.0, clock=clock,
     )  # fmt: skip
     result = compare(unfused_timing, fused_timing)
     wins = result.winner == "fused"

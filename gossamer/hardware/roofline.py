@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -375,9 +375,12 @@ def roofline_record(
 class _Stopwatch(fx.Interpreter):
     """Runs a graph operator by operator and notes the time of each."""
 
-    def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
+    def __init__(
+        self, module: fx.GraphModule, device: torch.device, clock: Callable[[], float]
+    ) -> None:
         super().__init__(module)
         self.device = device
+        self.clock = clock
         self.spent: dict[str, list[float]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -385,16 +388,21 @@ class _Stopwatch(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         target: Any = n.target
-        began = time.perf_counter()
+        began = self.clock()
         result = target(*args, **kwargs)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.spent.setdefault(n.name, []).append(time.perf_counter() - began)
+        self.spent.setdefault(n.name, []).append(self.clock() - began)
         return result
 
 
 def operator_seconds(
-    graph: Graph, inputs: Sequence[Any], *, threads: int = 1, seconds: float = 2.0
+    graph: Graph,
+    inputs: Sequence[Any],
+    *,
+    threads: int = 1,
+    seconds: float = 2.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Time of every operator of a network as torch runs it, one after the other.
 
@@ -406,13 +414,14 @@ def operator_seconds(
         inputs: positional arguments.
         threads: of torch.
         seconds: for all repeats; at least three are made.
+        clock: see :func:`gossamer.hardware.measure.measure`.
 
     Returns:
         Median seconds by name of the operator's node.
     """
     network = graph.network().eval()
     device = device_of(network)
-    watch = _Stopwatch(network.program, device)
+    watch = _Stopwatch(network.program, device, clock)
     flat = (*pytree.tree_leaves(tuple(inputs)), False)
     with torch_threads(threads), torch.inference_mode():
         watch.run(*flat)
@@ -438,6 +447,7 @@ def efficiency_report(
     runtimes: Sequence[str] = ("torch", "onnxruntime"),
     rounds: int = 10,
     seconds: float = 2.0,
+    clock: Callable[[], float] = time.perf_counter,
     name: str | None = None,
 ) -> EfficiencyReport:
     """Counts, bounds and measures every operator of a network.
@@ -455,6 +465,7 @@ def efficiency_report(
             left out. Single operators are measured in torch.
         rounds: turns of the whole network in each runtime.
         seconds: for measuring single operators.
+        clock: see :func:`gossamer.hardware.measure.measure`.
         name: of the network in plots. Default: its class.
 
     Returns:
@@ -479,7 +490,7 @@ def efficiency_report(
                 "can be measured at batch 1 alone"
             )
         inputs = resized(example_inputs, batch)
-        times = operator_seconds(graph, inputs, threads=threads, seconds=seconds)
+        times = operator_seconds(graph, inputs, threads=threads, seconds=seconds, clock=clock)
         peak = 2.0 * device.peak(dtype)
         rows = [_with_time(row, times[row.name], peak) for row in rows]
         for runtime in runtimes:
@@ -487,7 +498,7 @@ def efficiency_report(
             try:
                 (timing,) = measure(
                     {"network": model}, example_inputs, batch_sizes=(batch,), threads=(threads,),
-                    runtimes=(found,), rounds=rounds,
+                    runtimes=(found,), rounds=rounds, clock=clock,
                 )  # fmt: skip
             except UnsupportedError:
                 continue  # no ONNX form

@@ -1,3 +1,4 @@
+import itertools
 import math
 import os
 import subprocess
@@ -17,6 +18,7 @@ from gossamer.hardware.fused_block import (
     chunk_of,
     fuse_block,
     plan_blocks,
+    tuned_rows,
     workspace_bytes,
 )
 from gossamer.models.convfirst import BlockNet, ConvFirst, ConvNeXtBlock, MBConv
@@ -251,6 +253,16 @@ def test_the_planner_takes_what_is_faster(slower, monkeypatch):
         assert plan.fused == (slower == "layer by layer")
         assert plan.said.startswith("fused" if plan.fused else "layer by layer")
         assert (plan.ratio > 1) == plan.fused
+
+
+def test_strips_are_tuned_by_a_clock():
+    """Whatever is tried is a height between one and all; a clock that never ticks takes any."""
+    folded = FoldedBlock.of(make("convfirst"))
+    x = torch.randn(1, 16, 12, 9)
+    assert 1 <= tuned_rows(folded, x, rounds=2) <= 12
+    ticks = itertools.count()
+    assert 1 <= tuned_rows(folded, x, rounds=1, clock=lambda: float(next(ticks))) <= 12
+    assert tuned_rows(folded, torch.randn(1, 16, 1, 9)) == 1
 
 
 # Bad input
