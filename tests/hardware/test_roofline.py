@@ -1,11 +1,13 @@
 import json
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gossamer.cli import main
 from gossamer.core.errors import InputError
 from gossamer.core.graph import Graph
 from gossamer.hardware.device import Device, Figure, Memory
@@ -21,7 +23,7 @@ from gossamer.hardware.roofline import (
     waterline_figure,
     write_report,
 )
-from gossamer.models.convfirst import ConvFirst, ConvNeXtBlock, MBConv
+from gossamer.models.convfirst import ConvFirst, ConvNeXtBlock, MBConv, convfirst_net
 from gossamer.models.plain import ConvNet
 
 
@@ -358,3 +360,39 @@ def test_beyond_the_peak_is_told(report):
     assert wrong.beyond_peak
     assert isinstance(wrong, EfficiencyReport)
     assert not report.beyond_peak
+
+
+# The command
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["gossamer", "hardware", "roofline", *map(str, words)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_command_prints_writes_and_plans(monkeypatch, tmp_path, capsys):
+    caches().write(tmp_path / "device.yaml")
+    words = ("gossamer_convfirst_nano", "--image-size", 32, "--device", tmp_path / "device.yaml")
+    assert command(monkeypatch, *words, "--fuse", "--out", tmp_path / "out", "--json") == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value == json.loads((tmp_path / "out" / "roofline.json").read_text())
+    assert value["device"] == "caches"
+    assert len(value["blocks"]) == 12
+    graph = Graph.trace(convfirst_net("nano"), (torch.randn(2, 3, 32, 32),))
+    # Beside two operations a multiply-accumulate there is only the bias of the classifier.
+    assert value["counted"]["operations"] == 2 * graph.macs + 1000
+    assert command(monkeypatch, "resnet18", "--device", "a100-sxm-80gb", "--image-size", 64) == 0
+    assert "measured" not in capsys.readouterr().out
+
+
+def test_the_command_s_bad_input_is_one_sentence(monkeypatch, capsys):
+    assert command(monkeypatch, "resnet18", "--device", "no-such-device") == 2
+    said = capsys.readouterr().err
+    assert "there is no device file no-such-device" in said and "Traceback" not in said
+    words = ("resnet18", "--device", "a100-sxm-80gb", "--image-size", 64)
+    assert command(monkeypatch, *words, "--memory", "L9") == 2
+    assert "no bandwidth for L9" in capsys.readouterr().err
