@@ -40,6 +40,9 @@ Solver = Literal["auto", "cp-sat", "highs", "windows"]
 LARGE = 80
 """Operators from which on "auto" divides a graph whose order is free before it tries the whole."""
 
+SIZES = (12, 24, 40)
+"""Operators in a window of divide and conquer, one size after the other."""
+
 LARGEST = 400
 """Operators from which on it does not try the whole."""
 
@@ -229,14 +232,15 @@ class _Search:
         if not self.free:
             return [(whole, 0.6), (self.windows, 0.5), (whole, 1.0)]
         if count <= LARGE:
-            return [(self.given_orders, 0.3), (whole, 0.7), (self.windows, 1.0)]
-        last = [(whole, 1.0)] if count <= LARGEST else []
-        return [(self.given_orders, 0.3), (self.windows, 0.7), *last]
+            return [(self.given_orders, 0.1), (whole, 0.2), (self.windows, 0.75), (whole, 1.0)]
+        if count <= LARGEST:
+            return [(self.given_orders, 0.3), (self.windows, 0.7), (whole, 1.0)]
+        return [(self.windows, 0.8), (self.given_orders, 1.0)]
 
     def incumbents(self) -> None:
-        names = self.orders if self.free else self.orders[:1]
-        for baseline in baselines(self.graph, self.budget, peak_order=names[0]):
-            if self.free or baseline.plan is None or baseline.plan.order == names[0]:
+        """Plans at once: the baselines whose addresses fit, and first fit."""
+        for baseline in baselines(self.graph, self.budget, peak_order=self.orders[0]):
+            if self.free or baseline.order == "mpmf":  # for a given order that name is its own
                 self.offer(baseline.plan)
         for order in self.orders:
             if not self.done:
@@ -317,19 +321,22 @@ class _Search:
             self.offer(self.plan_of(found, "constraint program, free order"))
 
     def windows(self, seconds: float) -> None:
-        """Divide and conquer: a plan of its own, then the best one so far improved."""
+        """Divide and conquer: a plan from each order, then the best one so far improved."""
         stop = time.monotonic() + seconds
-        for size in (24, 40):
-            left = stop - time.monotonic()
-            if self.done or left <= 0:
-                return
-            effort = Effort(size, left, threads=self.threads, seed=self.seed)
-            if size == 24:
-                plan = construct(self.graph, self.orders[0], self.budget, effort, reorder=self.free)
-                self.offer(plan)
-                effort = replace(effort, seconds=max(0.0, stop - time.monotonic()))
-            if self.best is not None:
-                better = improve(self.graph, self.best, effort, bound=self.bound, reorder=self.free)
+
+        def effort(size: int, share: float = 1.0) -> Effort:
+            left = max(0.0, share * (stop - time.monotonic()))
+            return Effort(size, left, threads=self.threads, seed=self.seed)
+
+        for order in self.orders:
+            if not self.done:
+                tried = effort(SIZES[1], 0.5)
+                self.offer(construct(self.graph, order, self.budget, tried, reorder=self.free))
+        for size in SIZES:
+            if self.best is not None and not self.done:
+                better = improve(
+                    self.graph, self.best, effort(size), bound=self.bound, reorder=self.free
+                )
                 self.offer(better)
 
     def plan_of(self, found: Found, method: str) -> Plan:
