@@ -838,3 +838,85 @@ def _show_schedule(report: dict[str, Any], out: Path | None) -> None:
     )
     if out is not None:
         console.print(f"wrote {out / 'plan.json'} and {out / 'map.png'}")
+
+
+@hardware.command
+def fingerprint(
+    model: str | None = None,
+    *,
+    trace: Path | None = None,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    channels: int = 3,
+    classes: int | None = None,
+    batch: int = 1,
+    repeats: int = 10,
+    json_: Json = False,
+) -> None:
+    """Show what running a network tells somebody who shares the machine.
+
+    Example: gossamer hardware fingerprint mobilenetv2_100
+
+    Parameters
+    ----------
+    model
+        A timm name, torchvision:NAME, package.module:factory, or a folder written by gossamer.
+    trace
+        In place of a network: a CSV file of one pass, with columns t_start, dur, alloc, free and,
+        if known, class. Its times are not used, as they may be another machine's.
+    weights
+        A safetensors file or a state dict.
+    image_size
+        Side in pixels. Default: the network's own, or 224.
+    channels
+        Of the input.
+    classes
+        Logits. Default: the network's own.
+    batch
+        Images of the pass in the file.
+    repeats
+        Recorded passes.
+    json_
+        Print JSON.
+    """
+    import os
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is first imported
+
+    from gossamer.hardware.execution_trace import Trace
+    from gossamer.hardware.fingerprint import audit, audit_trace
+    from gossamer.hardware.kernel_times import SIZES_ONLY
+
+    if (model is None) == (trace is None):
+        raise InputError("give a network or --trace FILE, one of the two")
+    if trace is not None:
+        seen = Trace.from_csv(trace, batch=batch, channels=channels, side=image_size or 224)
+        report = audit_trace(seen, SIZES_ONLY, replay=False)
+    else:
+        assert model is not None
+        module, inputs = module_of(
+            model, weights, image_size=image_size, channels=channels, classes=classes
+        )
+        report = audit(module, (channels, inputs[0].shape[-1]), repeats=repeats)
+    if json_:
+        print_json({"model": model, "trace": trace and str(trace)} | report.to_json())
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{model or trace}: blocks as an observer names them")
+    names = list(next(iter(report.identified.values())).scores)
+    for column in ("seen", "family", *names):
+        table.add_column(column, justify="left" if column in ("seen", "family") else "right")
+    for level, found in report.identified.items():
+        table.add_row(level, found.family, *(f"{found.scores[name]:.2f}" for name in names))
+    console = out_console()
+    console.print(table)
+    for level, said in report.shows.items():
+        console.print(f"{level} shows {said}")
+    spec = report.recovered
+    console.print(
+        f"recovered at L1 (confidence {spec.confidence:.2f}): "
+        + ", ".join(f"{name} {value}" for name, value in spec.parameters.items())
+    )
+    if report.replay is not None:
+        console.print(f"distance of the recovered network's trace: {report.replay:.2f} a step")

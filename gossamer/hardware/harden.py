@@ -11,6 +11,7 @@ reconstructions of what its analysis suggests. Each maneuver is exact: with new 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -162,7 +163,7 @@ def _fuse(module: nn.Module, _: int) -> nn.Module:
     count = 0
     for owner in list(module.modules()):
         children = list(owner.named_children())
-        for (name, first), (following, second) in zip(children, children[1:], strict=False):
+        for (name, first), (following, second) in itertools.pairwise(children):
             if (
                 isinstance(first, nn.Conv2d)
                 and isinstance(second, nn.BatchNorm2d)
