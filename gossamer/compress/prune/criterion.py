@@ -9,7 +9,8 @@ largest weights decides everything. ``normalise=False`` gives the textbook sums.
 Sources: filter norms, Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017; Taylor,
 Molchanov et al., ICLR 2017 (activations, eq. 8) and CVPR 2019 (weights, eq. 8); BatchNorm scale,
 Liu et al., "Network Slimming", ICCV 2017; FPGM, He et al., "Filter Pruning via Geometric Median",
-CVPR 2019.
+CVPR 2019. Criteria that look at activations without labels (APoZ, HRank, ThiNet) are in
+:mod:`gossamer.compress.prune.activation_criterion`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.compress.prune.activation_criterion import (
+    greedy_reconstruction,
+    map_rank,
+    nonzero_share,
+)
 from gossamer.compress.prune.groups import Entry, Groups
 from gossamer.core.errors import InputError, UnsupportedError
 from gossamer.core.task import Task, device_of, to_device
@@ -322,6 +328,18 @@ def _taylor_activation(module: nn.Module, dependency: Dependency, task: Task, se
     return taylor_activation(module, dependency, task, seed=seed)
 
 
+def _apoz(module: nn.Module, dependency: Dependency, task: Task, seed: int) -> Scores:
+    return nonzero_share(module, dependency, task, seed=seed)
+
+
+def _hrank(module: nn.Module, dependency: Dependency, task: Task, seed: int) -> Scores:
+    return map_rank(module, dependency, task, seed=seed)
+
+
+def _thinet(module: nn.Module, dependency: Dependency, task: Task, seed: int) -> Scores:
+    return greedy_reconstruction(module, dependency, task, seed=seed)
+
+
 CRITERIA: dict[str, Criterion] = {
     "l1": _l1,
     "l2": _l2,
@@ -331,6 +349,9 @@ CRITERIA: dict[str, Criterion] = {
     "fpgm": _fpgm,
     "taylor": _taylor,
     "taylor-activation": _taylor_activation,
+    "apoz": _apoz,
+    "hrank": _hrank,
+    "thinet": _thinet,
 }
 """Criteria by the names that recipes use: ``(module, dependency, task, seed) -> scores``."""
 
