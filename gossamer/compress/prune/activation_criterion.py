@@ -157,9 +157,8 @@ def _contributions(
     assert isinstance(reader, nn.Conv2d)
     kernel, dilation = reader.kernel_size, reader.dilation
     x, zeros = padded(seen, kernel, reader.padding, dilation)
-    windows = F.unfold(
-        x, kernel, dilation, zeros, reader.stride
-    )  # [batch, channels * taps, places]
+    # [batch, channels * taps, places]
+    windows = F.unfold(x, kernel, dilation, (zeros[0], zeros[1]), reader.stride)
     batch, _, places = windows.shape
     at = torch.randint(places, (batch, positions), generator=generator).to(x.device)
     rows = windows.gather(2, at.unsqueeze(1).expand(-1, windows.shape[1], -1))
