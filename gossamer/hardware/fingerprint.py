@@ -237,7 +237,7 @@ def features(trace: Trace, profile: DeviceProfile) -> dict[str, float]:
     changes = np.array([layer.change for layer in layers[1:]] or [1.0])
     relative = np.array([layer.relative for layer in layers[1:] if layer.change == 1] or [1.0])
     relative = np.nan_to_num(relative, nan=1.0, posinf=1.0)
-    lights = np.array([layer.lights for layer in layers])
+    lights = np.array([layer.lights for layer in layers] or [0])
     slope, constant = trace.memory_line()
     motif = find_motif(symbols(reading))
     tripled = list(zip(layers[1:], layers[2:], layers[3:], strict=False))
