@@ -57,4 +57,4 @@ def test_accuracy_and_claims() -> None:
     seen = observed(7, 1, (16,), first=0, repeats=1)
     assert accuracy([s.family for s in seen], seen) == 100.0
     assert accuracy(["plain"] * 7, seen) == pytest.approx(100 / 7)
-    assert EXPERIMENT.reconstruction and len(EXPERIMENT.claims) == 7
+    assert EXPERIMENT.reconstruction and len(EXPERIMENT.claims) == 9
