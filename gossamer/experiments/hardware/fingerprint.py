@@ -111,7 +111,7 @@ class Learned:
         self.model.fit(self._table(described), list(families))
 
     def __call__(self, described: Sequence[Mapping[str, float]]) -> list[str]:
-        return [str(name) for name in self.model.predict(self._table(described))]
+        return [str(name) for name in np.asarray(self.model.predict(self._table(described)))]
 
     @staticmethod
     def _table(described: Sequence[Mapping[str, float]]) -> np.ndarray:
