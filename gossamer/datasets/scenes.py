@@ -67,7 +67,7 @@ def drawn_scenes(
     images = _stripes(x, y, drawn(count, 8), _COLOURS[torch.zeros(count, dtype=torch.int64)], lean)
     for _ in range(shapes):
         kind = torch.randint(1, len(SHAPES), (count,), generator=generator)
-        radius = drawn(count, 1, 1, low=0.12, high=0.28)
+        radius = drawn(count, 1, 1, low=0.15, high=0.35)
         turn = drawn(count, 1, 1, high=2.0 * math.pi)
         across, down = (
             x - drawn(count, 1, 1, low=0.1, high=0.9),

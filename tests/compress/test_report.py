@@ -301,7 +301,7 @@ def test_a_trial_shows_its_values_under_the_pointer_and_the_keyboard(opened: Any
     tab.locator("#trials .mark.chosen").hover()
     said = tip.inner_text().splitlines()
     assert said[:4] == [
-        "trial 1, rung 0 (front, chosen)",
+        "trial 1, rung 0 (front, chosen, latency measured)",
         "score 95.00",
         "1.500 ms",
         "100,001 bytes",
