@@ -225,7 +225,7 @@ class _Search:
         if self.solver == "highs":
             return [(self.rows, 1.0)]
         if self.solver == "windows":
-            return [(self.windows, 1.0)]
+            return [(self.windows, 0.7), (self.rescue, 1.0)]
         whole = self.free_order if self.free else self.given_orders
         if self.solver == "cp-sat":
             return [(self.given_orders, 0.4), (whole, 1.0)] if self.free else [(whole, 1.0)]
@@ -338,6 +338,11 @@ class _Search:
                     self.graph, self.best, effort(size), bound=self.bound, reorder=self.free
                 )
                 self.offer(better)
+
+    def rescue(self, seconds: float) -> None:
+        """Any plan at all, where windows that each leave a mess behind found none."""
+        if self.best is None:
+            self.given_orders(seconds)
 
     def plan_of(self, found: Found, method: str) -> Plan:
         return Plan(self.budget, found.order, found.stays, found.spills, found.cost, method=method)
