@@ -121,6 +121,22 @@ class Device:
             f"{self.name} has no bandwidth for {name or 'any memory'}; it has {', '.join(known)}"
         )
 
+    def holding(self, count: float) -> tuple[str, float]:
+        """The nearest memory with a known bandwidth that holds so many bytes: name, bytes a second.
+
+        The farthest such memory holds everything.
+        """
+        known = [
+            (memory, memory.bytes_per_second)
+            for memory in self.memories
+            if memory.bytes_per_second is not None
+        ]
+        for memory, rate in known:
+            if memory.bytes is not None and memory.bytes.value >= count:
+                return memory.name, rate.value
+        memory, rate = known[-1]
+        return memory.name, rate.value
+
     def bandwidth(self, name: str | None = None) -> float:
         """Bytes per second of a memory, the farthest one by default."""
         figure = self.memory(name).bytes_per_second

@@ -182,15 +182,9 @@ class Roofline:
         dtype = "int8" if quantized and "int8" in self.device.macs_per_second else "float32"
         started = self.device.operator_seconds.get("onnxruntime")
         return max(
-            operator.macs / self.device.peak(dtype), operator.bytes / self._bandwidth(operator)
+            operator.macs / self.device.peak(dtype),
+            operator.bytes / self.device.holding(operator.bytes)[1],
         ) + (started.value if started else 0.0)
-
-    def _bandwidth(self, operator: OnnxOperator) -> float:
-        for memory in self.device.memories:
-            fits = memory.bytes is None or operator.bytes <= memory.bytes.value
-            if memory.bytes_per_second is not None and fits:
-                return memory.bytes_per_second.value
-        return self.device.bandwidth()
 
 
 class LearnedTimes:

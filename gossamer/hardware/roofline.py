@@ -243,18 +243,6 @@ def layer_bytes(layer: Layer, batch: int = 1, element: int = 4) -> int:
     return element * layer.elements(batch)
 
 
-def _holding(device: Device, moved: float) -> tuple[str, float]:
-    """The nearest memory with a known bandwidth that holds so many bytes."""
-    known = [m for m in device.memories if m.bytes_per_second is not None]
-    for memory in known:
-        if memory.bytes is not None and memory.bytes.value >= moved:
-            assert memory.bytes_per_second is not None
-            return memory.name, memory.bytes_per_second.value
-    last = known[-1]
-    assert last.bytes_per_second is not None
-    return last.name, last.bytes_per_second.value
-
-
 def model_layers(
     graph: Graph, device: Device, *, batch: int = 1, dtype: str = "float32",
     memory: str | None = None,
@@ -304,7 +292,7 @@ def model_layers(
             if not moved:
                 continue  # a view
         if memory is None:
-            level, bandwidth = _holding(device, moved)
+            level, bandwidth = device.holding(moved)
         else:
             level, bandwidth = memory, device.bandwidth(memory)
         best = max(operations / peak, moved / bandwidth)

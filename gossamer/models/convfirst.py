@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gossamer.core.errors import InputError
+from gossamer.models.pretrained import no_weights
 
 Size = Literal["nano", "small", "base"]
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
@@ -295,11 +296,7 @@ def convfirst_net(
 
 
 def _registered(size: Size, pretrained: bool, num_classes: int, in_chans: int) -> BlockNet:
-    if pretrained:
-        raise InputError(
-            f"there are no weights to download for gossamer_convfirst_{size}; give a file of "
-            "weights"
-        )
+    no_weights(f"gossamer_convfirst_{size}", pretrained)
     return convfirst_net(size, in_channels=in_chans, classes=num_classes)
 
 

@@ -21,6 +21,7 @@ from torch.nn.functional import relu
 
 from gossamer.core.errors import InputError
 from gossamer.core.groups import group_count, warn_of_remainders
+from gossamer.models.pretrained import no_weights
 
 STAGES = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2))
 """Channels, blocks and stride of the first block, for each stage of MobileNet-V1."""
@@ -353,11 +354,6 @@ def _warn(module: nn.Module, leaf: str, group_width: int | None, groups: int | N
     warn_of_remainders(counts, group_width=group_width, groups=groups)
 
 
-def _no_weights(name: str, pretrained: bool) -> None:
-    if pretrained:
-        raise InputError(f"there are no weights to download for {name}; give a file of weights")
-
-
 # timm calls a registered function with these keywords; those that mean nothing here are ignored.
 
 
@@ -374,7 +370,7 @@ def gossamer_mobilenetv1(
     width: float = 1.0,
 ) -> MobileNet:
     """:func:`mobilenet_v1` for timm."""
-    _no_weights("gossamer_mobilenetv1", pretrained)
+    no_weights("gossamer_mobilenetv1", pretrained)
     return mobilenet_v1(
         group_width=group_width, groups=groups, width=width, in_channels=in_chans,
         classes=num_classes,
@@ -391,7 +387,7 @@ def gossamer_mobilenetv1_g8(
     in_chans: int = 3,
 ) -> MobileNet:
     """:func:`mobilenet_v1` with groups of 8 channels, for timm."""
-    _no_weights("gossamer_mobilenetv1_g8", pretrained)
+    no_weights("gossamer_mobilenetv1_g8", pretrained)
     return mobilenet_v1(group_width=8, in_channels=in_chans, classes=num_classes)
 
 
@@ -408,7 +404,7 @@ def gossamer_small_mobilenet(
     width: float = 1.0,
 ) -> MobileNet:
     """:func:`small_mobilenet` for timm."""
-    _no_weights("gossamer_small_mobilenet", pretrained)
+    no_weights("gossamer_small_mobilenet", pretrained)
     return small_mobilenet(
         group_width=group_width, groups=groups, width=width, in_channels=in_chans,
         classes=num_classes,
@@ -427,7 +423,7 @@ def gossamer_resnext50(
     groups: int | None = None,
 ) -> ResNeXt:
     """:func:`resnext50` for timm."""
-    _no_weights("gossamer_resnext50", pretrained)
+    no_weights("gossamer_resnext50", pretrained)
     return resnext50(
         group_width=group_width, groups=groups, in_channels=in_chans, classes=num_classes
     )

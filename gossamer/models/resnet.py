@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
 from gossamer.core.errors import InputError
+from gossamer.models.pretrained import no_weights
 
 WIDTHS = (16, 32, 64)
 
@@ -179,11 +180,6 @@ def digits_resnet(
     )
 
 
-def _no_weights(name: str, pretrained: bool) -> None:
-    if pretrained:
-        raise InputError(f"there are no weights to download for {name}; give a file of weights")
-
-
 # timm calls a registered function with these keywords; those that mean nothing here are ignored.
 
 
@@ -197,7 +193,7 @@ def gossamer_digits_resnet(
     in_chans: int = 1,
 ) -> SmallResNet:
     """:func:`digits_resnet` for timm."""
-    _no_weights("gossamer_digits_resnet", pretrained)
+    no_weights("gossamer_digits_resnet", pretrained)
     return digits_resnet(in_channels=in_chans, classes=num_classes)
 
 
@@ -211,7 +207,7 @@ def gossamer_resnet20(
     in_chans: int = 3,
 ) -> SmallResNet:
     """:func:`cifar_resnet` of depth 20 for timm."""
-    _no_weights("gossamer_resnet20", pretrained)
+    no_weights("gossamer_resnet20", pretrained)
     return cifar_resnet(20, in_channels=in_chans, classes=num_classes)
 
 
@@ -225,7 +221,7 @@ def gossamer_resnet32(
     in_chans: int = 3,
 ) -> SmallResNet:
     """:func:`cifar_resnet` of depth 32 for timm."""
-    _no_weights("gossamer_resnet32", pretrained)
+    no_weights("gossamer_resnet32", pretrained)
     return cifar_resnet(32, in_channels=in_chans, classes=num_classes)
 
 
@@ -239,7 +235,7 @@ def gossamer_resnet44(
     in_chans: int = 3,
 ) -> SmallResNet:
     """:func:`cifar_resnet` of depth 44 for timm."""
-    _no_weights("gossamer_resnet44", pretrained)
+    no_weights("gossamer_resnet44", pretrained)
     return cifar_resnet(44, in_channels=in_chans, classes=num_classes)
 
 
@@ -253,5 +249,5 @@ def gossamer_resnet56(
     in_chans: int = 3,
 ) -> SmallResNet:
     """:func:`cifar_resnet` of depth 56 for timm."""
-    _no_weights("gossamer_resnet56", pretrained)
+    no_weights("gossamer_resnet56", pretrained)
     return cifar_resnet(56, in_channels=in_chans, classes=num_classes)
