@@ -1,0 +1,1 @@
+"""Fewer, cleaner, private and visible data."""
