@@ -22,9 +22,10 @@ from gossamer.core.errors import InputError
 from gossamer.core.task import Augment, Classification
 from gossamer.datasets.arrays import ArraySource
 from gossamer.datasets.augment import compose, flip, shift
+from gossamer.datasets.encoded import EncodedSource
 from gossamer.datasets.idx import class_names
 from gossamer.datasets.splits import assemble
-from gossamer.datasets.tables import image_tables
+from gossamer.datasets.tables import read_table, table_sources
 
 CLASSES = (
     "airplane",
@@ -74,42 +75,64 @@ def cifar10(
         InputError: if a file is missing, truncated or corrupt, or a pickle holds anything but
             plain data.
     """
+    sources, classes, name = cifar_sources(path, image_size=image_size, channels=channels)
+    _, width = sources["train"].size
+    return assemble(
+        sources["train"],
+        classes,
+        name=name,
+        seed=seed,
+        test=sources["test"],
+        limit=limit,
+        mean=mean,
+        std=std,
+        augment=augment or compose(flip(), shift(max(1, width // 8))),
+    )
+
+
+def cifar_sources(
+    path: str | Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> tuple[dict[str, ArraySource] | dict[str, EncodedSource], Sequence[str], str]:
+    """The "train" and "test" images of CIFAR-10 as they are stored, the classes, and a name.
+
+    Args:
+        path: as for :func:`cifar10`.
+        image_size: height and width in pixels. Default: 32 x 32.
+        channels: 1 or 3. Default: 3.
+
+    Raises:
+        InputError: if a file is missing, truncated or corrupt, or a pickle holds anything but
+            plain data.
+    """
     found = find_cifar(Path(path))
     if found is None:
         raise InputError(
             f"{path} has no train_jpeg.parquet, data_batch_1.bin or data_batch_1 of CIFAR-10"
         )
     place, kind = found
+    size = image_size or (SIDE, SIDE)
     pattern = _parquet_pattern(place)
     if kind == "parquet" and pattern is not None:
+        tables = {
+            split: read_table(place / pattern.format(split=split)) for split in ("train", "test")
+        }
+        encoded = table_sources(tables, image_size=size, channels=channels or 3)
         beside = place / "classes.json"
-        return image_tables(
-            {split: [place / pattern.format(split=split)] for split in ("train", "test")},
-            name="cifar10 (JPEG)" if "jpeg" in pattern else "cifar10",
-            classes=class_names(beside) if beside.exists() else CLASSES,
-            seed=seed,
-            image_size=image_size or (SIDE, SIDE),
-            channels=channels or 3,
-            limit=limit,
-            mean=mean,
-            std=std,
-            augment=augment,
-        )
+        classes = class_names(beside) if beside.exists() else CLASSES
+        return encoded, classes, "cifar10 (JPEG)" if "jpeg" in pattern else "cifar10"
     read, suffix = (read_binary, ".bin") if kind == "binary" else (read_python, "")
     train = [read(place / (name + suffix)) for name in TRAIN_BATCHES]
     test = read(place / ("test_batch" + suffix))
-    size = image_size or (SIDE, SIDE)
-    return assemble(
-        _source([images for images, _ in train], [labels for _, labels in train], channels, size),
-        CLASSES,
-        name="cifar10",
-        seed=seed,
-        test=_source([test[0]], [test[1]], channels, size),
-        limit=limit,
-        mean=mean,
-        std=std,
-        augment=augment or compose(flip(), shift(max(1, size[1] // 8))),
-    )
+    arrays = {
+        "train": _source(
+            [images for images, _ in train], [labels for _, labels in train], channels, size
+        ),
+        "test": _source([test[0]], [test[1]], channels, size),
+    }
+    return arrays, CLASSES, "cifar10"
 
 
 def find_cifar(root: Path) -> tuple[Path, str] | None:

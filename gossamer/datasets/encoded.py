@@ -67,7 +67,7 @@ class EncodedSource:
         kept[kept] = self._known[indices[kept]]
         images[kept] = self._kept[indices[kept]]
         missing = np.flatnonzero(~kept)
-        for at, pixels in zip(missing, _in_threads(self._decode, indices[missing]), strict=True):
+        for at, pixels in zip(missing, in_threads(self._decode, indices[missing]), strict=True):
             images[at] = pixels
             if indices[at] < len(self._known):
                 self._kept[indices[at]] = pixels
@@ -99,11 +99,11 @@ class EncodedSource:
         room = len(self._known)
         with progress() as bar:
             shown = bar.add_task("reading images", total=len(self))
-            for row, pixels in zip(rows, _in_threads(self._decode, rows[:room]), strict=False):
+            for row, pixels in zip(rows, in_threads(self._decode, rows[:room]), strict=False):
                 self._kept[row] = pixels
                 self._known[row] = True
                 bar.advance(shown)
-            for _ in _in_threads(self._glance, rows[room:]):
+            for _ in in_threads(self._glance, rows[room:]):
                 bar.advance(shown)
 
     def _decode(self, row: int) -> np.ndarray:
@@ -158,11 +158,11 @@ def headers_of(contents: Sequence[Path | bytes], names: Sequence[str]) -> list[H
         raise InputError("there are no images")
     with progress() as bar:
         rows = np.arange(len(contents))
-        found = _in_threads(lambda row: probe(contents[row], names[row]), rows)
+        found = in_threads(lambda row: probe(contents[row], names[row]), rows)
         return list(bar.track(found, total=len(contents), description="looking at images"))
 
 
-def _in_threads(work: Callable[[int], T], rows: np.ndarray) -> Iterator[T]:
+def in_threads(work: Callable[[int], T], rows: np.ndarray) -> Iterator[T]:
     """``work`` of each row, in order; Pillow's decoders leave the other threads free."""
     chunks = [rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK)]
     if len(chunks) < 2:

@@ -71,6 +71,37 @@ def idx_folder(
     Raises:
         InputError: if a file is missing, truncated or corrupt.
     """
+    sources, names = idx_sources(path, image_size=image_size, channels=channels)
+    fashion = "fashion" in str(Path(path).resolve()).lower()
+    return assemble(
+        sources["train"],
+        names,
+        name=Path(path).resolve().name,
+        seed=seed,
+        test=sources["test"],
+        limit=limit,
+        mean=mean,
+        std=std,
+        augment=augment or (compose(flip(), shift(2)) if fashion else shift(2)),
+    )
+
+
+def idx_sources(
+    path: str | Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> tuple[dict[str, ArraySource], Sequence[str]]:
+    """The "train" and "test" images of a folder of idx files as they are stored, and the classes.
+
+    Args:
+        path: the folder, or torchvision's folder around it.
+        image_size: height and width in pixels. Default: as stored.
+        channels: 1 or 3. Default: 1.
+
+    Raises:
+        InputError: if a file is missing, truncated or corrupt.
+    """
     root = Path(path)
     place = find_idx(root)
     if place is None:
@@ -84,22 +115,12 @@ def idx_folder(
         )
         for split, prefix in (("train", "train"), ("test", "t10k"))
     }
-    fashion = "fashion" in str(place.resolve()).lower()
     names = _names(place)
     if names is None:
         names = numbered_classes([source.labels for source in sources.values()], root.name)
+        fashion = "fashion" in str(place.resolve()).lower()
         names = FASHION if fashion and len(names) <= len(FASHION) else names
-    return assemble(
-        sources["train"],
-        names,
-        name=root.resolve().name,
-        seed=seed,
-        test=sources["test"],
-        limit=limit,
-        mean=mean,
-        std=std,
-        augment=augment or (compose(flip(), shift(2)) if fashion else shift(2)),
-    )
+    return sources, names
 
 
 def find_idx(root: Path) -> Path | None:

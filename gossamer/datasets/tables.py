@@ -88,7 +88,7 @@ def image_tables(
         InputError: if a file is corrupt, has no image or label column, or an image cannot be
             read, which is named.
     """
-    read = {split: _joined([read_table(file) for file in files]) for split, files in parts.items()}
+    read = {split: joined([read_table(file) for file in files]) for split, files in parts.items()}
     return assemble_tables(
         read,
         name=name,
@@ -127,23 +127,12 @@ def assemble_tables(
     # Labels that are words are numbered in the order of the training split's classes.
     if classes is None:
         classes = parts["train"].classes
-    every = list(parts.values())
     if classes is None:
-        classes = numbered_classes([table.labels for table in every], name)
-    first = encoded(
-        [content for table in every for content in table.contents],
-        [image for table in every for image in table.names],
-        torch.cat([table.labels for table in every]),
-        image_size=image_size,
-        channels=channels,
-        cache_bytes=cache_bytes,
+        classes = numbered_classes([table.labels for table in parts.values()], name)
+    sources = table_sources(
+        parts, image_size=image_size, channels=channels, cache_bytes=cache_bytes
     )
-    sources: dict[str, EncodedSource] = {}
-    at = 0
-    for split, table in parts.items():
-        sources[split] = first.take(np.arange(at, at + len(table.labels)))
-        at += len(table.labels)
-    height, width = first.size
+    height, width = sources["train"].size
     return assemble(
         sources["train"],
         classes,
@@ -156,6 +145,41 @@ def assemble_tables(
         std=std,
         augment=augment or compose(flip(), shift(max(1, min(height, width) // 8))),
     )
+
+
+def table_sources(
+    parts: Mapping[str, ImageTable],
+    *,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> dict[str, EncodedSource]:
+    """The sources of tables that were read, alike in size and channels.
+
+    Args:
+        parts: tables by split.
+        image_size: as for :func:`image_tables`.
+        channels: as for :func:`image_tables`.
+        cache_bytes: decoded images kept in memory, at most.
+
+    Raises:
+        InputError: if the header of an image cannot be read.
+    """
+    every = list(parts.values())
+    whole = encoded(
+        [content for table in every for content in table.contents],
+        [image for table in every for image in table.names],
+        torch.cat([table.labels for table in every]),
+        image_size=image_size,
+        channels=channels,
+        cache_bytes=cache_bytes,
+    )
+    sources: dict[str, EncodedSource] = {}
+    at = 0
+    for split, table in parts.items():
+        sources[split] = whole.take(np.arange(at, at + len(table.labels)))
+        at += len(table.labels)
+    return sources
 
 
 def find_tables(root: Path) -> dict[str, list[Path]]:
@@ -293,7 +317,12 @@ def _bytes_of(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     return column if binary else None
 
 
-def _joined(tables: Sequence[ImageTable]) -> ImageTable:
+def joined(tables: Sequence[ImageTable]) -> ImageTable:
+    """Tables of one split as one.
+
+    Raises:
+        InputError: if they disagree about the classes.
+    """
     if any(table.classes != tables[0].classes for table in tables):
         raise InputError(
             f"{tables[0].names[0] if tables[0].names else 'a table'}: the files of one split "
