@@ -4,7 +4,13 @@
 a network and a task; the other files hold the commands of one room each.
 """
 
-from gossamer.cli import catalog, compress, data, hardware  # noqa: F401 (they register commands)
+from gossamer.cli import (  # noqa: F401 (they register commands)
+    catalog,
+    compress,
+    data,
+    hardware,
+    tokens,
+)
 from gossamer.cli.front import app, main
 
 __all__ = ["app", "main"]
