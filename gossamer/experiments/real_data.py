@@ -1,4 +1,4 @@
-"""Where full experiments find the data that are not part of gossamer."""
+"""Where experiments find the data that are not part of gossamer."""
 
 from __future__ import annotations
 

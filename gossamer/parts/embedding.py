@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import InputError
+from gossamer.core.errors import InputError, first_line
 from gossamer.core.files import read_json, write_json
 from gossamer.core.progress import progress
 from gossamer.core.task import device_of, evaluating, logits_of
@@ -209,3 +209,46 @@ def _storage(
         np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
         for file, shape in zip(files, shapes, strict=True)
     ]
+
+
+def read_features(path: Path, names: Sequence[str]) -> np.ndarray:
+    """Features that somebody else computed, in the order of ``names``.
+
+    Args:
+        path: ``.npy`` (``[n, d]``, a row for each name in order; mapped, not read) or
+            ``.parquet`` with the columns ``name`` and ``embedding`` (lists of one length).
+        names: of the images.
+
+    Raises:
+        InputError: if the file cannot be read, or images are missing.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        if path.suffix == ".npy":
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+            if found.ndim != 2 or len(found) != len(names) or found.dtype.kind != "f":
+                raise InputError(
+                    f"{path} holds {found.dtype} of shape {list(found.shape)}; floats "
+                    f"[{len(names)}, d] are needed, a row for each image"
+                )
+            return found
+        table = pyarrow.parquet.read_table(path, columns=["name", "embedding"])
+        place = {name: row for row, name in enumerate(table["name"].to_pylist())}
+        missing = [name for name in names if name not in place]
+        if missing:
+            raise InputError(
+                f"{path} has no embedding of {len(missing)} of {len(names)} images, "
+                f"{missing[0]} first"
+            )
+        stacked = np.array(table["embedding"].to_pylist(), dtype=np.float32)
+        if stacked.ndim != 2:
+            raise InputError(f"the embeddings in {path} differ in length")
+        return stacked[[place[name] for name in names]]
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} holds no features that can be read: {first_line(error)}"
+        ) from error

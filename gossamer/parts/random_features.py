@@ -13,6 +13,9 @@ import numpy as np
 
 from gossamer.core.errors import InputError
 
+RIDGES = tuple(float(ridge) for ridge in np.logspace(-7, 0, 15))
+"""Penalties that are tried, per sample."""
+
 
 class RandomFeatureClassifier:
     """One-hot ridge regression on ``cos(x W + b)``.
@@ -20,12 +23,13 @@ class RandomFeatureClassifier:
     Args:
         count: random features.
         width: of the Gaussian kernel, in multiples of the median distance of two samples.
-        ridge: weight of the penalty, per sample.
+        ridge: weight of the penalty, per sample. Default: the one of :data:`RIDGES` with the least
+            generalized cross-validation error (Golub, Heath & Wahba 1979) on what it learns from.
         seed: of the projections.
     """
 
     def __init__(
-        self, *, count: int = 1500, width: float = 1.0, ridge: float = 1e-3, seed: int = 0
+        self, *, count: int = 1500, width: float = 1.0, ridge: float | None = None, seed: int = 0
     ) -> None:
         self.count = count
         self.width = width
@@ -59,8 +63,17 @@ class RandomFeatureClassifier:
         targets = np.eye(classes)[labels]
         self.offset = targets.mean(0)
         gram = features.T @ features
-        gram[np.diag_indices_from(gram)] += self.ridge * len(inputs)
-        self.weights = np.linalg.solve(gram, features.T @ (targets - self.offset))
+        # One decomposition serves every penalty.
+        values, vectors = np.linalg.eigh(gram)
+        values = values.clip(min=0.0)
+        projected = vectors.T @ (features.T @ (targets - self.offset))
+        self.chosen_ridge = (
+            _least_gcv(values, projected, targets - self.offset)
+            if self.ridge is None
+            else self.ridge
+        )
+        shrunk = projected / (values + self.chosen_ridge * len(inputs))[:, None]
+        self.weights = vectors @ shrunk
         return self
 
     def scores(self, inputs: np.ndarray) -> np.ndarray:
@@ -75,3 +88,18 @@ class RandomFeatureClassifier:
     def _features(self, inputs: np.ndarray) -> np.ndarray:
         waves = np.cos((inputs - self.mean) @ self.projection + self.phase)
         return waves * math.sqrt(2.0 / self.count)
+
+
+def _least_gcv(values: np.ndarray, projected: np.ndarray, targets: np.ndarray) -> float:
+    """The penalty with the least ``n * residual / (n - degrees of freedom)^2``."""
+    count = len(targets)
+    total = float(np.square(targets).sum())
+    explained = np.square(projected).sum(1)
+
+    def score(ridge: float) -> float:
+        penalty = ridge * count
+        freedom = float((values / (values + penalty)).sum())
+        gained = (explained * (values + 2.0 * penalty) / np.square(values + penalty)).sum()
+        return max(total - float(gained), 0.0) / max(count - freedom, 1e-9) ** 2
+
+    return min(RIDGES, key=score)
