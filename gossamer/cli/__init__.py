@@ -8,6 +8,7 @@ from gossamer.cli import (  # noqa: F401 (they register commands)
     catalog,
     compress,
     data,
+    explore,
     hardware,
     tokens,
 )

@@ -9,9 +9,10 @@ routes compute it:
   leading numbers already show that most pairs are too far apart;
 - *stored*: all distances in memory (16 bytes a pair while scipy works). It gives the same merges,
   and from some thousand vectors on it was measured slower than *vectors*;
-- *micro*: mini-batch k-means to some thousand small clusters, Ward on their weighted centroids,
-  then Ward inside each. This is an approximation: no merge crosses the border of a small cluster
-  before it is complete, and inside one a merge may be higher than one above it.
+- *micro*: mini-batch k-means (along the 32 axes of largest variance) to some thousand small
+  clusters, Ward on their weighted centroids, then Ward inside each. This is an approximation: no
+  merge crosses the border of a small cluster before it is complete, and inside one a merge may be
+  higher than one above it.
 
 Source: Ward, "Hierarchical grouping to optimize an objective function", JASA 1963; Murtagh and
 Contreras, "Algorithms for hierarchical clustering: an overview", 2012 (nearest-neighbour chains).
@@ -37,6 +38,9 @@ VECTORS_LIMIT = 100_000
 
 MICRO_CLUSTERS = (2_000, 10_000)
 """Fewest and most small clusters of the approximate route."""
+
+MICRO_AXES = 32
+"""Principal axes along which small clusters are told apart."""
 
 _CHUNK = 8  # coordinates between two looks at whether a pair is already too far apart
 
@@ -137,8 +141,11 @@ def _micro(features: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, 
     count = len(features)
     if clusters == count:
         return _chains(features)
-    centres = kmeans(features, clusters, seed=seed, rounds=3)
-    nearby = nearest(features, centres)[1][:, 0]
+    # Which small cluster a vector falls into need not be exact, and axes of little variance hardly
+    # matter for it; all merges use all of them.
+    leading = _principal(features)[:, :MICRO_AXES].astype(np.float32)
+    centres = kmeans(leading, clusters, seed=seed, rounds=3)
+    nearby = nearest(leading, centres)[1][:, 0]
     found, member = np.unique(nearby, return_inverse=True)
     order = np.argsort(member, kind="stable")
     ends = np.cumsum(np.bincount(member, minlength=len(found)))
