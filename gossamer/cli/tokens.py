@@ -210,7 +210,7 @@ def train_tokens(
             task, network, adapt=turned, width=width, depth=2, heads=heads, lr=lr,
             epochs=pretrain_epochs, batch_size=batch_size, seed=seed, checkpoint=runs[0],
         )  # fmt: skip
-        network = model.classifier(len(task.classes)).cpu()
+        network = model.classifier(len(task.classes), seed=seed).cpu()
         recipe = replace(made.FINETUNE, lr=lr)
     rule = made.TokenTraining(network, task, recipe, adapt=turned)
     fit(rule, task, epochs=epochs, batch_size=batch_size, seed=seed, checkpoint=runs[1])

@@ -128,18 +128,21 @@ class MaskedTokenModel(nn.Module):
         self.leave_norm = nn.LayerNorm(dims)
         self.bias = nn.Parameter(torch.zeros(codes))
 
-    def classifier(self, classes: int, *, drop_path: float = 0.1) -> TokenViT:
+    def classifier(self, classes: int, *, drop_path: float = 0.1, seed: int = 0) -> TokenViT:
         """A network to fine-tune: the encoder, with a new head of nearly zero weights.
 
         Args:
             classes: logits.
             drop_path: stochastic depth of the last block (the encoder's own is not kept).
+            seed: of the head.
         """
         config = self.vit.config | {"classes": classes, "drop_path": drop_path}
-        network = TokenViT.of_config(config)
         state = {k: v for k, v in self.vit.state_dict().items() if not k.startswith("head.")}
-        network.load_state_dict(state, strict=False)
-        network.reset_head()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of("head", seed))
+            network = TokenViT.of_config(config)
+            network.load_state_dict(state, strict=False)
+            network.reset_head()
         return network
 
     def targets(self, codes: Tensor) -> Tensor:

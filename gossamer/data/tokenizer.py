@@ -106,7 +106,8 @@ class TokenizerTraining(Rule):
         task: gives the images.
         lr: of AdamW.
         commitment: weight of the distance between what is looked up and what is found.
-        dead: a code with a moving average of fewer assignments a step than this is placed anew.
+        dead: a code whose moving average of assignments falls below this share of an even split
+            is placed anew, on a direction of the current batch.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class TokenizerTraining(Rule):
         *,
         lr: float = 2e-3,
         commitment: float = 0.25,
-        dead: float = 0.1,
+        dead: float = 0.03,
     ) -> None:
         self.network = self.tokenizer = network
         self.task = task
@@ -162,8 +163,9 @@ class TokenizerTraining(Rule):
         nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
         self.optimizer.step()
         flat = found.detach().flatten(0, 2).float()
-        draw = torch.randint(len(flat), (len(self.tokenizer.codebook),)).to(flat.device)
-        self.tokenizer.follow(flat, codes.flatten(), self.dead, draw)
+        count = len(self.tokenizer.codebook)
+        draw = torch.randint(len(flat), (count,)).to(flat.device)
+        self.tokenizer.follow(flat, codes.flatten(), self.dead * len(flat) / count, draw)
         return {"loss": loss.detach()}
 
 
