@@ -10,6 +10,7 @@ from gossamer.cli import (  # noqa: F401 (they register commands)
     data,
     explore,
     hardware,
+    lake,
     tokens,
 )
 from gossamer.cli.front import app, main
