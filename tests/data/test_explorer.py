@@ -722,3 +722,125 @@ def test_a_written_tree_needs_no_viewer(gallery: Gallery, tmp_path: Path) -> Non
 
 def test_selections_count_from_zero(gallery: Gallery) -> None:
     assert selection_of(gallery, [[0, 2]]).names[0] == f"{EVIL}.png"
+
+
+# The command
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the command."""
+    import gossamer.cli  # noqa: F401 (registers the commands)
+    from gossamer.cli.front import main
+
+    monkeypatch.setattr("sys.argv", ["gossamer", "data", "explore", *arguments])
+    try:
+        main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of one's own: two classes, grey and colour, a broken file, an evil name."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    draw = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (root / label).mkdir(parents=True)
+        for number in range(12):
+            shape = (24, 24, 3) if number % 2 else (30, 20)
+            Image.fromarray(draw.integers(0, 255, shape, np.uint8)).save(
+                root / label / f"{number}.png"
+            )
+    (root / "cat" / "broken.png").write_bytes(b"\x89PNG\r\n")
+    os.rename(root / "dog" / "3.png", root / "dog" / "<img src=x onerror=alert(1)>.png")
+    return root
+
+
+def test_the_command_writes_a_site_and_a_tree(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = run(
+        monkeypatch,
+        str(photos), "--export", str(tmp_path / "site"), "--tree", str(tmp_path / "tree.json"),
+        "--json", "--cache", str(tmp_path / "cache"),
+    )  # fmt: skip
+    done = capsys.readouterr()
+    assert code == 0, done.err
+    record = json.loads(done.out)
+    assert (record["images"], record["classes"]) == (24, 2)
+    assert [skip["name"] for skip in record["skipped"]] == ["cat/broken.png"]
+    assert record["views"][0]["route"] == "vectors" and record["views"][0]["name"] == "pixels"
+    tree = Dendrogram.from_json(tmp_path / "tree.json")
+    assert tree.size == 24 and tree.classes == ("cat", "dog")
+    assert (tmp_path / "site" / "index.html").exists()
+    meta = json.loads((tmp_path / "site" / "data" / "meta.json").read_text())
+    assert meta["static"] and meta["count"] == 24 and meta["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["{empty}"], "holds no images"),
+        (["{none}"], "no folder of images"),
+        (["{photos}", "--model", "resnet18"], "untrained"),
+        (["{photos}", "--features", "{none}"], "does not exist"),
+        (["{photos}", "--features", "{short}"], "but there are 24 images"),
+        (["{photos}", "--features", "{short}", "--model", "resnet18"], "not both"),
+        (["{photos}", "--limit", "0"], "at least 1"),
+        (["{photos}", "--port", "99999"], "0 to 65535"),
+        (["{photos}", "--host", "203.0.113.7"], "cannot listen"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "short.npy", np.zeros((5, 2)))
+    places = {
+        "{empty}": str(tmp_path / "empty"), "{none}": str(tmp_path / "none"),
+        "{photos}": str(photos), "{short}": str(tmp_path / "short.npy"),
+    }  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert run(monkeypatch, *(places.get(word, word) for word in arguments)) == 2
+    assert sentence in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_network_shows_its_features_and_errors(tmp_path: Path, monkeypatch: Any) -> None:
+    import gossamer.cli  # noqa: F401 (registers the commands)
+    from gossamer.cli.explore import explore
+    from gossamer.core.task import Classification
+    from gossamer.data import explorer_server
+    from gossamer.datasets import open_task
+    from gossamer.models import build
+
+    served: list[Gallery] = []
+    monkeypatch.setattr(explorer_server, "serve", lambda gallery, **_: served.append(gallery))
+    task = open_task("digits")
+    assert isinstance(task, Classification)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build("gossamer_digits_resnet", classes=10, channels=1).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    explore(
+        "digits",
+        model=["gossamer_digits_resnet"],
+        weights=[tmp_path / "weights.pt"],
+        limit=200,
+        cache=tmp_path / "cache",
+        port=0,
+    )
+    (view,) = served[0].views.values()
+    collection = served[0].collection
+    with torch.inference_mode():
+        logits = network(collection.preprocess()(collection.fetch(np.arange(200))))
+    assert view.tree.y_pred is not None and view.tree.y_pred.tolist() == logits.argmax(1).tolist()
+    assert view.features.shape[1] == network.get_classifier().in_features  # type: ignore[operator]
