@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -366,7 +367,7 @@ def _looked_up(
         for members in bar.track(groups.values(), description="sampled rows"):
             parent = lake.index(members[0][0].parent)
             read += lake.tables[parent].bytes_of(members[0][0].columns)
-            matched = dict(engine.query(_lookup(lake, parent, members)))
+            matched = {e: int(n) for e, n in engine.query(_lookup(lake, parent, members, samples))}
             for number, (edge, _) in enumerate(members):
                 missing = edge.sampled - matched.get(number, 0)
                 if missing:
@@ -377,7 +378,12 @@ def _looked_up(
     return left, pruned, read
 
 
-def _lookup(lake: Lake, parent: int, members: Sequence[tuple[Edge, list[Comparison]]]) -> str:
+def _lookup(
+    lake: Lake,
+    parent: int,
+    members: Sequence[tuple[Edge, list[Comparison]]],
+    drawn: Mapping[str, pa.Table],
+) -> str:
     """SQL: for each edge, how many sampled rows the parent has; the sample is the small side."""
     first = members[0][1]
     keys = range(len(first))
@@ -388,11 +394,33 @@ def _lookup(lake: Lake, parent: int, members: Sequence[tuple[Edge, list[Comparis
         for number, (edge, chosen) in enumerate(members)
     )
     looked = ", ".join(f"{c.parent.format(t='b')} AS k{k}" for k, c in enumerate(first))
-    on = same([(f"x.k{k}", f"y.k{k}") for k in keys])
-    return (
-        f"SELECT /*+ BROADCAST(x) */ x.e, count(DISTINCT x.i) FROM ({samples}) x "
-        f"JOIN (SELECT {looked} FROM t{parent} b) y ON {on} GROUP BY x.e"
+    # Where no null was drawn plain equality says the same, and engines can push it into the scan.
+    plain = [
+        all(_without_nulls(chosen[k], drawn[edge.child]) for edge, chosen in members) for k in keys
+    ]
+    on = " AND ".join(
+        f"x.k{k} = y.k{k}" if plain[k] else same([(f"x.k{k}", f"y.k{k}")]) for k in keys
     )
+    listed = ", ".join(f"k{k}" for k in keys)
+    # Rows that look alike are looked up once: few values would match most of the parent each.
+    return (
+        f"WITH x AS (SELECT e, min(i) AS i, count(*) AS n, {listed} FROM ({samples}) s "
+        f"GROUP BY e, {listed}), "
+        "h AS (SELECT /*+ BROADCAST(x) */ DISTINCT x.e, x.i FROM x "
+        f"JOIN (SELECT {looked} FROM t{parent} b) y ON {on}) "
+        "SELECT x.e, sum(x.n) FROM x JOIN h ON x.e = h.e AND x.i = h.i GROUP BY x.e"
+    )
+
+
+def _drawn(column: Comparison, sample: pa.Table) -> pa.ChunkedArray | None:
+    """The drawn values that a comparison is made of; None where it is made of nulls alone."""
+    place = re.search(r"\{t\}\.([cx]\d+)", column.child)
+    return None if place is None else sample.column(place.group(1))
+
+
+def _without_nulls(column: Comparison, sample: pa.Table) -> bool:
+    values = _drawn(column, sample)
+    return values is not None and values.null_count == 0
 
 
 def _choose(
@@ -407,8 +435,8 @@ def _choose(
         return [columns[i] for i in picked]
 
     def distinct(column: Comparison) -> int:
-        place = column.child[column.child.find("{t}.") + 4 :].split()[0].rstrip(")")
-        return len(sample.column(place).unique()) if "{t}." in column.child else 0
+        values = _drawn(column, sample)
+        return 0 if values is None else len(values.unique())
 
     return sorted(columns, key=lambda c: (-distinct(c), c.name))[:count]
 

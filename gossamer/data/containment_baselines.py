@@ -162,8 +162,11 @@ def _ensemble(
     hits = np.zeros((n, n), dtype=bool)
     for members in np.array_split(np.argsort(size, kind="stable"), min(partitions, n)):
         upper = int(size[members].max())
-        for q_size in np.unique(size):
-            queries = np.flatnonzero(size == q_size)
+        # Queries of about a size share their bands: those of the smallest of them.
+        octave = np.floor(np.log2(np.maximum(size, 1)))
+        for step in np.unique(octave):
+            queries = np.flatnonzero(octave == step)
+            q_size = 2.0**step
             # |q n x| >= t |q| means J >= t / (u / |q| + 1 - t) for |x| <= u.
             jaccard = threshold / (upper / q_size + 1 - threshold)
             bands, rows = _bands(hashes, min(1.0, jaccard))
