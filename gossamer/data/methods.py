@@ -17,9 +17,9 @@ from torch import nn
 
 from gossamer.core.errors import InputError
 from gossamer.core.task import Classification
-from gossamer.data import prune
+from gossamer.data import coreset, prune, quantize
 from gossamer.data.dynamics import Dynamics, record
-from gossamer.data.selection import Order, keep
+from gossamer.data.selection import Order, keep, keep_count
 
 MakeNetwork = Callable[[int], nn.Module]
 
@@ -268,7 +268,7 @@ def choose(
 
 def methods() -> Mapping[str, Method]:
     """All methods by name."""
-    return {method.name: method for method in _SCORES}
+    return {method.name: method for method in _METHODS}
 
 
 def method_of(name: str) -> Method:
@@ -323,10 +323,49 @@ def _committee(candidates: Candidates, fraction: float) -> np.ndarray:
     return np.flatnonzero(inside)
 
 
+def _bins(candidates: Candidates, fraction: float) -> np.ndarray:
+    labels = candidates.labels if candidates.has_labels else None
+    smallest = (
+        len(candidates) if labels is None else int(np.unique(labels, return_counts=True)[1].min())
+    )
+    made = quantize.bins_of(candidates.features, labels, bins=min(quantize.BINS, smallest))
+    return quantize.sample(made, fraction, labels=labels, seed=candidates.seed)
+
+
+def _one_shot(function: quantize.Function) -> Select:
+    def select(candidates: Candidates, fraction: float) -> np.ndarray:
+        labels = candidates.labels if candidates.has_labels else None
+        # Lazy evaluation chooses the same where gains only fall.
+        engine = "naive" if function == "graphcut" else "lazy"
+        return quantize.one_shot(
+            candidates.features, fraction, labels, function=function, engine=engine
+        )
+
+    return select
+
+
+def _in_classes(choose: Callable[[np.ndarray, int], np.ndarray]) -> Select:
+    def select(candidates: Candidates, fraction: float) -> np.ndarray:
+        features = candidates.features
+        return quantize.by_class(
+            candidates.labels if candidates.has_labels else None,
+            len(candidates),
+            fraction,
+            lambda rows, count: choose(features[rows], count),
+        )
+
+    return select
+
+
+def _coverage(candidates: Candidates, fraction: float) -> np.ndarray:
+    scores = candidates.dynamics.area_under_margin()
+    return coreset.coverage(scores, keep_count(len(candidates), fraction), seed=candidates.seed)
+
+
 _SORSCHER = "Sorscher et al. 2022"
 _PAUL = "Paul et al. 2021"
 _FELDMAN = "Feldman & Zhang 2020"
-_SCORES: tuple[Method, ...] = (
+_METHODS: tuple[Method, ...] = (
     Method("random", "nothing: the control", "", score=_random),
     Method("prototypes", "distance to the nearest k-means centre", _SORSCHER, score=_prototypes),
     Method(
@@ -370,4 +409,20 @@ _SCORES: tuple[Method, ...] = (
         "committee", "what an ensemble disagrees about, grown in rounds", "Chitta et al. 2021",
         select=_committee, trains=True,
     ),
+    Method(
+        "moderate", "distance from the middle of the class, keep the easy end", "Xia et al. 2023",
+        score=lambda c: coreset.moderate(c.features, c.labels),
+    ),
+    Method("quantize", "a share of ten greedy bins", "Zhou et al. 2023", select=_bins),
+    Method("graphcut", "near to what is left, far from the chosen", "Iyer & Bilmes 2013",
+           select=_one_shot("graphcut")),
+    Method("facility", "everybody has a near representative", "Nemhauser et al. 1978",
+           select=_one_shot("facility")),
+    Method("logdet", "the volume of the chosen", "Chen et al. 2018", select=_one_shot("logdet")),
+    Method("k-center", "the farthest point, again and again", "Sener & Savarese 2018",
+           select=_in_classes(coreset.k_center)),
+    Method("herding", "the mean of the whole", "Welling 2009",
+           select=_in_classes(coreset.herding)),
+    Method("ccs", "evenly over the margin's range, without its end", "Zheng et al. 2023",
+           select=_coverage, trains=True),
 )  # fmt: skip
