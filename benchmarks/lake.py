@@ -180,7 +180,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     settings = [
-        *({"grows": "rows", "tables": 20, "rows": r, "columns": 8} for r in (2000, 20_000, 100_000)),
+        *({"grows": "rows", "tables": 20, "rows": r, "columns": 8} for r in (2000, 20000, 90000)),
         *({"grows": "columns", "tables": 20, "rows": 10_000, "columns": c} for c in (4, 16, 48)),
         *({"grows": "tables", "tables": t, "rows": 10_000, "columns": 8} for t in (20, 60, 120)),
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def exact_pairs(lake: Lake, engine: Engine, pairs: Sequence[Pair], tests: int) -
 
 def k_means(lake: Lake, engine: Engine, *, clusters: int, seed: int) -> Found:
     """k-means over one-hot schemas, then every pair within a cluster exactly."""
-    from sklearn.cluster import KMeans
+    from sklearn import cluster as sklearn_cluster
 
     names = sorted(frozenset().union(*(table.names() for table in lake.tables)))
     number = {name: i for i, name in enumerate(names)}
@@ -77,7 +78,8 @@ def k_means(lake: Lake, engine: Engine, *, clusters: int, seed: int) -> Found:
     for row, table in enumerate(lake.tables):
         vectors[row, [number[name] for name in table.names()]] = 1
     clusters = min(clusters, len(lake.tables))
-    label = KMeans(clusters, n_init=3, random_state=seed).fit_predict(vectors)
+    fit: Any = sklearn_cluster.KMeans  # its stubs say that n_init is text
+    label = fit(clusters, n_init=3, random_state=seed).fit_predict(vectors)
     schemas = [table.names() for table in lake.tables]
     pairs = []
     tests = 0

@@ -12,6 +12,7 @@ being compared is an error that names it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import tempfile
@@ -154,10 +155,13 @@ class Lake:
         Raises:
             InputError: if there is none of that name.
         """
-        for index, table in enumerate(self.tables):
-            if table.name == name:
-                return index
-        raise InputError(f"{self.root} has no table {name}")
+        if name not in self._numbers:
+            raise InputError(f"{self.root} has no table {name}")
+        return self._numbers[name]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {table.name: number for number, table in enumerate(self.tables)}
 
     def __getitem__(self, name: str) -> Table:
         return self.tables[self.index(name)]
