@@ -226,7 +226,7 @@ def main() -> None:
             "images": count,
             "dimensions": features.shape[1],
             "clustering": clustering(
-                features, collection.labels, given.rounds if count <= MATRIX_LIMIT else 1
+                features, collection.labels, given.rounds if count < MATRIX_LIMIT else 1
             ),
         }
         with tempfile.TemporaryDirectory() as folder:

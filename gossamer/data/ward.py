@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numba
 import numpy as np
 
 from gossamer.core.errors import InputError
 from gossamer.core.progress import progress
-from gossamer.parts.neighbours import kmeans, nearest
+from gossamer.parts.neighbours import nearest
 
 Scale = Literal["auto", "stored", "vectors", "micro"]
 
@@ -139,40 +139,47 @@ def _chains(
 def _micro(features: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Ward on the weighted centroids of small clusters, and inside each of them."""
     count = len(features)
+    axes = _principal(features)
     if clusters == count:
-        return _chains(features)
-    # Which small cluster a vector falls into need not be exact, and axes of little variance hardly
-    # matter for it; all merges use all of them.
-    leading = _principal(features)[:, :MICRO_AXES].astype(np.float32)
-    centres = kmeans(leading, clusters, seed=seed, rounds=3)
-    nearby = nearest(leading, centres)[1][:, 0]
-    found, member = np.unique(nearby, return_inverse=True)
-    order = np.argsort(member, kind="stable")
-    ends = np.cumsum(np.bincount(member, minlength=len(found)))
-    groups = np.split(order, ends[:-1])
-
+        return _chains(axes)
+    groups = _small_clusters(axes, clusters, seed)
     pairs: list[np.ndarray] = []
     heights: list[np.ndarray] = []
     tops = np.empty(len(groups), dtype=np.int64)  # the node that holds a whole small cluster
-    centroids = np.empty((len(groups), features.shape[1]))
+    centroids = np.empty((len(groups), axes.shape[1]))
     merged = 0
-    for at, rows in enumerate(groups):
-        centroids[at] = features[rows].mean(0, dtype=np.float64)
-        if len(rows) == 1:
-            tops[at] = rows[0]
-            continue
-        inner, high = _chains(features[rows])
-        inside = np.concatenate([rows, count + merged + np.arange(len(rows) - 1)])
-        pairs.append(inside[inner])
-        heights.append(high)
-        merged += len(rows) - 1
-        tops[at] = count + merged - 1
-    if len(groups) > 1:
-        outer, high = _chains(centroids, np.array([len(rows) for rows in groups]))
-        above = np.concatenate([tops, count + merged + np.arange(len(groups) - 1)])
-        pairs.append(above[outer])
-        heights.append(high)
-    return np.concatenate(pairs), np.concatenate(heights)
+    with progress() as bar:
+        for at, rows in enumerate(bar.track(groups, description="clustering")):
+            centroids[at] = axes[rows].mean(0)
+            state = _Chain.start(axes[rows], np.ones(len(rows)))
+            state.run(len(rows))
+            inside = np.concatenate([rows, count + merged + np.arange(len(rows) - 1)])
+            pairs.append(inside[state.pairs])
+            heights.append(np.sqrt(state.squares))
+            merged += len(rows) - 1
+            tops[at] = inside[-1]
+    outer, high = _chains(centroids, np.array([len(rows) for rows in groups]))
+    above = np.concatenate([tops, count + merged + np.arange(len(groups) - 1)])
+    return np.concatenate([*pairs, above[outer]]), np.concatenate([*heights, high])
+
+
+def _small_clusters(axes: np.ndarray, clusters: int, seed: int) -> list[np.ndarray]:
+    """The rows of each small cluster, by k-means along the leading axes.
+
+    Which small cluster a vector falls into need not be exact, so the centres start at random
+    vectors: with thousands of them a careful start would take longer than all the rest.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    leading = np.ascontiguousarray(axes[:, :MICRO_AXES], dtype=np.float32)
+    options: dict[str, Any] = {"max_no_improvement": None, "reassignment_ratio": 0.0, "n_init": 1}
+    engine: Any = MiniBatchKMeans(
+        clusters, init="random", batch_size=8192, max_iter=3, random_state=seed, **options
+    )
+    centres = engine.fit(leading).cluster_centers_.astype(np.float32)
+    _, member = np.unique(nearest(leading, centres)[1][:, 0], return_inverse=True)
+    order = np.argsort(member, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(member))[:-1])
 
 
 def _principal(features: np.ndarray) -> np.ndarray:
