@@ -102,7 +102,7 @@ def explore(
         return _limited(without_links(found), limit)
 
     collection = opened()
-    kept = cache or _cache_home() / collection.fingerprint()
+    kept = (cache or _cache_home()) / collection.fingerprint()
     with exclusive(kept):
         thumbnails = make_thumbnails(collection, kept / "thumbnails.npy")
         options: dict[str, Any] = {"normalise": normalise, "scale": scale}
@@ -246,16 +246,30 @@ def _plain_view(
     """A view by features from a file, or by pixels."""
     import hashlib
 
-    from gossamer.data.gallery import make_view, pixel_features
+    from gossamer.data.gallery import make_view
 
     if features is None:
-        vectors, name = pixel_features(collection), "pixels"
+        vectors, name = _kept_pixels(collection, cache / "pixels.npy"), "pixels"
     else:
         vectors, name = _vectors(features, len(collection)), features.name
     digest = hashlib.blake2b(vectors.tobytes(), digest_size=8).hexdigest()
     return make_view(
         name, collection, vectors, cache=cache, key=[digest, collection.fingerprint()], **options
     )
+
+
+def _kept_pixels(collection: Collection, cache: Path) -> np.ndarray:
+    import numpy as np
+
+    from gossamer.core.files import whole_file
+    from gossamer.data.gallery import pixel_features
+
+    if cache.exists():
+        return np.load(cache, allow_pickle=False)
+    vectors = pixel_features(collection)
+    with whole_file(cache) as partial, open(partial, "wb") as file:
+        np.save(file, vectors)
+    return vectors
 
 
 def _vectors(path: Path, count: int) -> np.ndarray:
