@@ -8,9 +8,9 @@ TokenAdapt against mirroring the map of codes. Contenders with pixels are all im
 into the bytes that the codes take: some images whole, some as JPEG of quality 5, all at a smaller
 size. Pixels are stored as raw bytes with gzip, or as JPEG without the header that all files share.
 
-One setting of rates and strengths serves all contenders; it was chosen for SeiT on the validation
-split. Seeds vary the network's first weights, the order and all augmentation; the images, the
-tokenizer and TokenAdapt are the same.
+One setting of rates serves all contenders of the quick form and none was tuned. Seeds vary the
+network's first weights, the order and all augmentation; the images, the tokenizer and TokenAdapt
+are the same.
 """
 
 from __future__ import annotations
