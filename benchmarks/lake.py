@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gossamer.core.experiment import about
-from gossamer.core.files import write_json
+from gossamer.core.files import read_json, write_json
 from gossamer.data.containment import Pair, containment_graph
 from gossamer.data.containment_baselines import brute_force, equal_files, equal_rows
 from gossamer.data.deletion import plan_retention
@@ -85,7 +85,7 @@ def plain_sql(folder: Path) -> tuple[set[Pair], int]:
     return pairs, read
 
 
-def contest(folder: Path, repeats: int, *, parquet: bool = True) -> Iterator[dict[str, Any]]:
+def contest(folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
     """All contenders on one lake, in turns."""
 
     def ours(**options: Any) -> tuple[set[Pair], int]:
@@ -118,8 +118,7 @@ def contest(folder: Path, repeats: int, *, parquet: bool = True) -> Iterator[dic
         "equal rows": hashed,
         "equal files": files,
     }
-    if parquet:
-        contenders["SQL anti join"] = lambda: plain_sql(folder)
+    contenders["SQL anti join"] = lambda: plain_sql(folder)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     found: dict[str, tuple[set[Pair], int]] = {}
     for _ in range(repeats):
@@ -177,43 +176,75 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--part", choices=("all", "grown", "real"), default="all")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    if options.part == "real" and options.out.exists():
+        kept = read_json(options.out)["rows"]
+        rows = [row for row in kept if row["grows"] != "real"]
     settings = [
         *({"grows": "rows", "tables": 20, "rows": r, "columns": 8} for r in (2000, 20000, 90000)),
         *({"grows": "columns", "tables": 20, "rows": 10_000, "columns": c} for c in (4, 16, 48)),
         *({"grows": "tables", "tables": t, "rows": 10_000, "columns": 8} for t in (20, 60, 120)),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
-        for number, setting in enumerate(settings):
+        for number, setting in enumerate(settings if options.part != "real" else ()):
             shape = {k: v for k, v in setting.items() if k != "grows"}
             folder = grown(Path(place) / f"{number}", **shape)
             for row in contest(folder, options.repeats):
                 rows.append({**setting, **row})
                 print(rows[-1], flush=True)
             shutil.rmtree(folder)
+            save(options.out, rows)
         source = Path(os.environ.get("GOSSAMER_DATA", "../shared/data")) / "tables"
-        for count in (0, 40) if source.is_dir() else ():
-            folder = Path(place) / f"real{count}"
-            known = real(folder, source, count)
-            lake = read_lake(folder)
-            more = {"grows": "real", "tables": len(lake.tables), "skipped": len(lake.skipped)}
-            for row in contest(folder, 1, parquet=False):
-                rows.append({**more, **row})
-                print(rows[-1], flush=True)
-            graph = containment_graph(lake, verify=True)
+        if source.is_dir() and options.part != "grown":
+            rows += real_rows(Path(place) / "real", source)
+            save(options.out, rows)
+
+
+def real_rows(folder: Path, source: Path) -> Iterator[dict[str, Any]]:
+    """The lake of real tables, read once (CSV is staged), its edges and plan."""
+    known = real(folder, source, 40)
+    sources = {file.name for file in source.iterdir()}
+    began = time.perf_counter()
+    lake = read_lake(folder)
+    about_it = {
+        "grows": "real", "tables": len(lake.tables), "lake_bytes": lake.bytes,
+        "read_seconds": time.perf_counter() - began, "skipped": [vars(s) for s in lake.skipped],
+    }  # fmt: skip
+    engine = open_engine("duckdb", lake)
+    began = time.perf_counter()
+    found = brute_force(lake, engine)
+    seconds = time.perf_counter() - began
+    truth = set(found.pairs)
+    row = {"contender": "brute force", "seconds": seconds, "bytes_read": found.bytes_read}
+    yield {**about_it, **row, "containments": len(truth)}
+    for name, verify in (("r2d2", False), ("r2d2 + exact", True)):
+        began = time.perf_counter()
+        graph = containment_graph(lake, verify=verify)
+        seconds = time.perf_counter() - began
+        pairs = graph.pairs()
+        yield {
+            **about_it, "contender": name, "seconds": seconds,
+            "bytes_read": sum(stage.bytes_read for stage in graph.stages),
+            "stages": [vars(stage) for stage in graph.stages],
+            "precision": len(pairs & truth) / max(1, len(pairs)),
+            "recall": len(pairs & truth) / len(truth),
+            "made": len(known), "made_found": len(pairs & known),
+            "among_sources": sorted(pair for pair in pairs if pair[0] in sources and pair[1] in sources),
+        }  # fmt: skip
+        if verify:
             plan = plan_retention(graph, costs=FREE)
-            rows.append(
-                {
-                    **more, "contender": "plan", "known": len(known),
-                    "known_found": len(known & graph.pairs()), "deleted": len(plan.deletions),
-                    "edges": sorted(graph.pairs() - known), "lake_bytes": plan.bytes,
-                    "saved_bytes": plan.saved_bytes,
-                    "skipped_tables": [vars(skip) for skip in lake.skipped],
-                }
-            )  # fmt: skip
-            print(rows[-1], flush=True)
-    write_json(options.out, {"about": about(), "rows": rows})
+            yield {
+                **about_it, "contender": "plan", "deleted": len(plan.deletions),
+                "saved_bytes": plan.saved_bytes,
+                "refused": [list(item) for item in plan.refused],
+            }  # fmt: skip
+
+
+def save(place: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes what there is; an interrupted run keeps what it measured."""
+    write_json(place, {"about": about(), "rows": rows})
 
 
 if __name__ == "__main__":
