@@ -6,6 +6,7 @@ a network and a task; the other files hold the commands of one room each.
 
 from gossamer.cli import (  # noqa: F401 (they register commands)
     catalog,
+    compose,
     compress,
     data,
     explore,
