@@ -231,7 +231,7 @@ def real_rows(folder: Path, source: Path) -> Iterator[dict[str, Any]]:
             "precision": len(pairs & truth) / max(1, len(pairs)),
             "recall": len(pairs & truth) / len(truth),
             "made": len(known), "made_found": len(pairs & known),
-            "among_sources": sorted(pair for pair in pairs if pair[0] in sources and pair[1] in sources),
+            "among_sources": sorted(pair for pair in pairs if sources.issuperset(pair)),
         }  # fmt: skip
         if verify:
             plan = plan_retention(graph, costs=FREE)
