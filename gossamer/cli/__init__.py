@@ -13,6 +13,7 @@ from gossamer.cli import (  # noqa: F401 (they register commands)
     hardware,
     lake,
     tokens,
+    transfer,
 )
 from gossamer.cli.front import app, main
 
