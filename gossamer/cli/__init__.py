@@ -12,6 +12,7 @@ from gossamer.cli import (  # noqa: F401 (they register commands)
     explore,
     hardware,
     lake,
+    synthesize,
     tokens,
     transfer,
 )

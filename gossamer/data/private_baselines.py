@@ -180,7 +180,7 @@ def dp_merf(
     embedding: nn.Module,
     task: Classification,
     *,
-    epochs: int = 20,
+    epochs: int = 60,
     batch_size: int = 500,
     seed: int = 0,
     checkpoint: Path | None = None,
