@@ -214,7 +214,10 @@ def _again(
     for tensor in later:
         across = next((s for s in _of(plan, tensor) if s.first < stop <= s.last), None)
         at_once = any(s.retrieved and s.first == stop for s in _of(plan, tensor))
-        after[tensor] = After(across.address if across else None, at_once)
+        # What is retrieved later may need the copy that was written here.
+        written = start <= spilled.get(tensor, -1) <= stop
+        again = any(s.retrieved and s.first >= stop for s in _of(plan, tensor))
+        after[tensor] = After(across.address if across else None, at_once, written and again)
     inside = {t for t, state in before.items() if _reads(graph, plan.order[start:stop], t)}
     through = {t for t in before if t in later}
     window = Window(

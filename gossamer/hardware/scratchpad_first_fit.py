@@ -53,6 +53,8 @@ class _Pass:
         self.graph = graph
         self.order = tuple(order)
         self.budget = budget
+        # Addresses are multiples of the unit, as those of the programs that go on from here.
+        self.top = budget // graph.unit * graph.unit
         self.choice = choice
         self.wobble = 0.0 if number == 0 else 0.5
         place = {op: step for step, op in enumerate(order)}
@@ -93,16 +95,16 @@ class _Pass:
         """An address for a tensor, after evicting what is cheapest to evict there."""
         size = self.graph.sizes[tensor]
         taken = sorted((s.address, self.graph.sizes[t], t) for t, s in self.there.items())
-        starts = {0, self.budget - size}
+        starts = {0, self.top - size}
         for address, length, _ in taken:
             starts |= {address + length, address - size}
         best: tuple[float, float, int, list[str]] | None = None
-        for start in sorted(a for a in starts if 0 <= a <= self.budget - size):
+        for start in sorted(a for a in starts if 0 <= a <= self.top - size):
             hit = [t for a, length, t in taken if a < start + size and start < a + length]
             if any(t in needed for t in hit):
                 continue
             cost = sum(self.price(t, step) for t in hit)
-            end = start if self.choice.random() >= self.wobble else self.budget - start
+            end = start if self.choice.random() >= self.wobble else self.top - start
             if best is None or (cost, end) < best[:2]:
                 best = (cost, end, start, hit)
         if best is None:

@@ -41,10 +41,12 @@ class After:
     Attributes:
         address: where it has to lie in the last step; None if memory has to have a copy instead.
         early: without an address: it must have left before the last step.
+        copied: with an address: memory has to have a copy as well.
     """
 
     address: int | None
     early: bool = False
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,9 +279,11 @@ class _Program:
             piece = _Piece(tensor, moment, moment + 1, True, at, True)
             self.pieces.append(piece)
         if tensor in self.window.later:
-            self._fixed_end(tensor, piece, evict, spilled)
+            self._fixed_end(tensor, piece, evict, spilled, earlier)
 
-    def _fixed_end(self, tensor: str, piece: _Piece | None, evict: Any, spilled: Any) -> None:
+    def _fixed_end(
+        self, tensor: str, piece: _Piece | None, evict: Any, spilled: Any, written: list[Any]
+    ) -> None:
         after = self.window.after[tensor] if self.window.after is not None else None
         if piece is None:  # away all the time
             if after is None:
@@ -291,6 +295,8 @@ class _Program:
         if after is not None and after.address is not None:
             if self.with_addresses:
                 self.model.add(piece.address == after.address // self.unit)
+            if after.copied and spilled is not None:
+                self.model.add_bool_or(written)
             if gap:
                 self.pieces.append(
                     _Piece(tensor, piece.end, self.steps, True, piece.address, False)
@@ -374,6 +380,8 @@ class _Program:
                     model.add(piece.address == after.address // self.unit).only_enforce_if(literal)
         if after is not None and after.address is not None:
             model.add_exactly_one(held)
+            if after.copied and spilled is not None:
+                model.add_bool_or([p.present for origin, p in stays.items() if origin >= 0])
             return
         if after is not None:
             if spilled is not None:

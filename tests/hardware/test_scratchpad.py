@@ -29,6 +29,7 @@ from gossamer.hardware.scratchpad_baselines import (
     linear_allocation,
 )
 from gossamer.hardware.scratchpad_divide import Effort, construct, improve
+from gossamer.hardware.scratchpad_first_fit import first_fit
 from gossamer.hardware.scratchpad_plan import BrokenPlan, Plan, Stay, replay
 from gossamer.hardware.scratchpad_rows import peak_rows, solve_rows
 from gossamer.hardware.scratchpad_window import Found, Window
@@ -275,6 +276,33 @@ def test_divide_and_conquer_gives_plans_that_run(graph, free, size):
     # One window over everything is the whole program.
     whole = improve(graph, plan, replace(effort, window=20), bound=0, reorder=free)
     assert whole.extra_bytes == best.cost
+
+
+def test_a_copy_that_is_read_after_a_window_is_still_written():
+    graph = graph_of(
+        "->a; ->b; b->c; a,c->d; a,d->e; e->f; a,f->g", [1, 1, 1, 1, 4, 5, 1]
+    )  # a cannot be there while f is made
+    stays = (
+        Stay("a", 0, 1, 0, False), Stay("b", 1, 2, 1, False), Stay("c", 2, 3, 2, False),
+        Stay("a", 3, 4, 0, True), Stay("d", 3, 4, 1, False), Stay("e", 4, 5, 5, False),
+        Stay("f", 5, 6, 0, False), Stay("a", 6, 6, 5, True), Stay("g", 6, 6, 6, False),
+    )  # fmt: skip
+    plan = Plan(9, graph.order, stays, ((2, "a"),), 3)
+    replay(graph, plan)
+    for reorder in (False, True):
+        better = improve(graph, plan, Effort(window=4, seconds=20), bound=0, reorder=reorder)
+        assert replay(graph, better).extra_bytes == 2
+
+
+def test_a_budget_need_be_no_multiple_of_the_sizes():
+    graph = graph_of(
+        "->t0; t0->t1; ->t2; t2,t0,t1->t3; t0->t4; t3->t5; t4,t2->t6; t5,t4,t0,t1->t7",
+        [24, 32, 20, 36, 16, 36, 32, 4],
+    )
+    plan = first_fit(graph, graph.order, 117)
+    assert plan is not None and all(s.address % 4 == 0 for s in plan.stays)
+    better = improve(graph, plan, Effort(window=4, seconds=20), bound=0, reorder=False)
+    assert replay(graph, better).extra_bytes <= plan.extra_bytes
 
 
 def test_linear_allocation_by_hand():
