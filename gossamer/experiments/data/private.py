@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gossamer.core.experiment import Claim, Experiment, Pick, Result, Row
+from gossamer.core.experiment import Claim, Experiment, Pick, Relation, Result, Row
 from gossamer.core.task import Classification, Preprocess
 from gossamer.data.generators import NearestImage, UniformBox
 from gossamer.data.privacy_noise import SeededGaussian
@@ -441,7 +441,11 @@ def _at(metric: str, epsilon: Any, contender: str = "evolved") -> Pick:
 
 def _claims() -> Iterator[Claim]:
     ladder = [0.0, *BUDGETS[:-1], "inf"]
-    for metric, worse, better in (("distance", ">=", "<"), ("accuracy", "<=", ">")):
+    directions: tuple[tuple[str, Relation, Relation], ...] = (
+        ("distance", ">=", "<"),
+        ("accuracy", "<=", ">"),
+    )
+    for metric, worse, better in directions:
         # Within noise: a step back of up to two standard errors is none.
         for low, high in pairwise(ladder):
             yield Claim(
@@ -469,7 +473,7 @@ def _claims() -> Iterator[Claim]:
         Pick("distance", {"part": "points", "sigma": high, "threshold": 10.0}), "<",
         Pick("distance", {"part": "points", "sigma": high, "threshold": 0.0}),
     )  # fmt: skip
-    for metric, better in (("distance", "<"), ("accuracy", ">")):
+    for metric, _, better in directions:
         yield Claim(
             f"at high noise the threshold helps (images, epsilon 0.5, {metric})",
             _at(metric, 0.5), better, _at(metric, 0.5, "without threshold"),
