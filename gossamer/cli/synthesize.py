@@ -250,7 +250,8 @@ def _embedding(
 
         vectors = flat(public)
         found = PCA(min(50, *vectors.shape), svd_solver="full").fit(vectors)
-        axes, mean = found.components_.T.astype(np.float32), found.mean_.astype(np.float32)
+        axes = np.asarray(found.components_, dtype=np.float32).T
+        mean = np.asarray(found.mean_, dtype=np.float32)
         return lambda samples: (flat(samples) - mean) @ axes
 
     from gossamer.cli.data import embedder

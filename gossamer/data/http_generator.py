@@ -114,6 +114,7 @@ class HttpGenerator:
             headers={"Content-Type": "application/octet-stream", **self.headers},
             method="POST",
         )
+        content = b""
         for attempt in range(self.attempts):
             try:
                 with self._opener.open(request, timeout=self.timeout) as answer:
@@ -127,7 +128,7 @@ class HttpGenerator:
                         "generator, then run again to go on"
                     ) from error
                 time.sleep(min(2.0**attempt, 10.0))
-        if len(content) > limit:  # type: ignore[possibly-undefined]
+        if len(content) > limit:
             raise InputError(f"{self.url}/{verb} answers more than {limit:,} bytes; look at shape")
         return content
 

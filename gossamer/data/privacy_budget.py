@@ -29,8 +29,8 @@ from gossamer.core.files import exclusive, load_state, save_state
 Accounting = Literal["gaussian", "zcdp"]
 
 LARGEST_EPSILON = 1e7
-ROUNDING = 1e-9
-"""Relative margin by which noise is rounded up, so that rounding never exceeds a budget."""
+ROUNDING = 1.0 + 1e-9
+"""Noise is multiplied by this, so that rounding never exceeds a budget."""
 
 
 def check_budget(epsilon: float, delta: float) -> None:
@@ -259,7 +259,8 @@ class Ledger:
         Raises:
             BudgetError: if ``keys`` more releases do not fit into the limit.
         """
-        planned = self.spent(*[(sigma, accounting)] * keys)
+        wanted: list[tuple[float, Accounting]] = [(sigma, accounting)] * keys
+        planned = self.spent(*wanted)
         if planned > self.epsilon:
             raise BudgetError(
                 f"the privacy budget does not allow it: {self.spent():.4g} of epsilon "

@@ -34,6 +34,7 @@ from gossamer.data.nearest_histogram import (
     thresholded,
 )
 from gossamer.data.privacy_budget import (
+    ROUNDING,
     Ledger,
     check_budget,
     gaussian_sigma,
@@ -130,7 +131,7 @@ class PrivateEvolution:
         if self.sigma is None:
             solve = gaussian_sigma if self.noise.accounting == "gaussian" else zcdp_sigma
             # Rounded up, so that T releases never add up to a hair more than the limit.
-            self.sigma = solve(self.epsilon, self.iterations, self.delta) * (1.0 + 1e-9)
+            self.sigma = solve(self.epsilon, self.iterations, self.delta) * ROUNDING
 
     @property
     def noise_scale(self) -> float:

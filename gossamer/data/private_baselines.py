@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gossamer.core.fit import Log, Rule, fit
 from gossamer.core.task import Classification
-from gossamer.data.privacy_budget import Ledger, gaussian_sigma
+from gossamer.data.privacy_budget import ROUNDING, Ledger, gaussian_sigma
 from gossamer.data.privacy_noise import Noise
 
 
@@ -68,7 +68,7 @@ def mean_features(
         noise: where it comes from.
         ledger: the account it is written into. Default: one of its own.
     """
-    sigma = gaussian_sigma(epsilon, 1, delta) * (1.0 + 1e-9)
+    sigma = gaussian_sigma(epsilon, 1, delta) * ROUNDING
     classes = int(labels.max()) + 1
 
     def answer() -> np.ndarray:

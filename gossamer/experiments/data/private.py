@@ -269,14 +269,19 @@ class PrincipalComponents(nn.Module):
         count: components.
     """
 
+    mean: torch.Tensor
+    axes: torch.Tensor
+
     def __init__(self, public: np.ndarray, count: int = COMPONENTS) -> None:
         super().__init__()
         from sklearn.decomposition import PCA
 
         flat = public.reshape(len(public), -1).astype(np.float32) / 255.0
         found = PCA(count, svd_solver="covariance_eigh").fit(flat)
-        self.register_buffer("mean", torch.from_numpy(found.mean_.astype(np.float32)))
-        self.register_buffer("axes", torch.from_numpy(found.components_.T.astype(np.float32)))
+        self.register_buffer("mean", torch.from_numpy(np.asarray(found.mean_, dtype=np.float32)))
+        self.register_buffer(
+            "axes", torch.from_numpy(np.asarray(found.components_, dtype=np.float32).T.copy())
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (images - self.mean) @ self.axes
