@@ -23,7 +23,7 @@ from gossamer.core.fit import Log, Rule
 from gossamer.core.task import Batch, seed_of
 from gossamer.data.token_augment import NaiveAdapt, TokenAdapt, random_resized_crop
 from gossamer.data.token_rates import adamw, set_rate, warm_cosine_to
-from gossamer.models.token_vit import TokenViT
+from gossamer.models.token_vit import TokenViT, start_linear
 from gossamer.models.vqvae import nearest_codes
 
 
@@ -127,6 +127,11 @@ class MaskedTokenModel(nn.Module):
         self.leave = nn.Linear(width, dims * vit.patch**2)
         self.leave_norm = nn.LayerNorm(dims)
         self.bias = nn.Parameter(torch.zeros(codes))
+        for part in (self.enter, self.blocks, self.leave):
+            start_linear(part)
+        # Embeddings begin at the codebook, of unit variance: without this the first logits would
+        # have a deviation of the root of `dims`, and the first loss be far above that of chance.
+        nn.init.constant_(self.leave_norm.weight, dims**-0.5)
 
     def classifier(self, classes: int, *, drop_path: float = 0.1, seed: int = 0) -> TokenViT:
         """A network to fine-tune: the encoder, with a new head of nearly zero weights.
@@ -136,7 +141,7 @@ class MaskedTokenModel(nn.Module):
             drop_path: stochastic depth of the last block (the encoder's own is not kept).
             seed: of the head.
         """
-        config = self.vit.config | {"classes": classes, "drop_path": drop_path}
+        config = self.vit.config | {"classes": classes, "drop_path": drop_path, "dropout": 0.0}
         state = {k: v for k, v in self.vit.state_dict().items() if not k.startswith("head.")}
         with torch.random.fork_rng():
             torch.manual_seed(seed_of("head", seed))

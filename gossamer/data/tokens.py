@@ -489,6 +489,7 @@ def pretrain(
     lr: float | None = None,
     scale: tuple[float, float] = (0.2, 1.0),
     warm: float = 0.1,
+    dropout: float = 0.1,
     seed: int = 0,
     checkpoint: Path | None = None,
     cpu: bool = False,
@@ -507,6 +508,7 @@ def pretrain(
         lr: at its highest. Default: 1.5e-4 for each 256 images of a batch.
         scale: area of random crops.
         warm: share of the training that warms up.
+        dropout: on the encoder's embeddings.
         seed: of the decoder's weights, order and masks.
         checkpoint: file that holds the run's state; an interrupted run resumes from it.
         cpu: stay on the CPU although there is a GPU.
@@ -516,7 +518,10 @@ def pretrain(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed_of("decoder", seed))
-        model = MaskedTokenModel(copy.deepcopy(network), width=width, depth=depth, heads=heads)
+        # No stochastic depth here: patches that are hidden are regularisation enough.
+        vit = TokenViT.of_config(network.config | {"drop_path": 0.0, "dropout": dropout})
+        vit.load_state_dict(network.state_dict())
+        model = MaskedTokenModel(vit, width=width, depth=depth, heads=heads)
     rule = MaskedTokens(
         model, task.store.codebook, adapt=adapt, scale=scale, lr=lr, warm=warm,
         batch_size=min(batch_size, task.size("train")),

@@ -8,7 +8,7 @@ head.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.models.vision_transformer import Block
@@ -33,6 +33,15 @@ def sine_cosine_positions(width: int, side: int) -> Tensor:
     rows = line[:, None].expand(side, side, -1)
     columns = line[None].expand(side, side, -1)
     return torch.cat([rows, columns], dim=2).reshape(side * side, width).float()
+
+
+def start_linear(network: nn.Module) -> None:
+    """First weights of all linear layers as in ViT: truncated normal (.02), biases of zero."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class MapViT(nn.Module):
@@ -93,7 +102,10 @@ class MapViT(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
-        self.reset_head(0.02)
+        start_linear(self)
+        # A kernel that cuts patches is a linear layer on them.
+        nn.init.xavier_uniform_(self.cut.weight.data.flatten(1))
+        nn.init.zeros_(cast("nn.Parameter", self.cut.bias))
 
     def reset_head(self, std: float = 2e-5) -> None:
         """A new head of nearly zero weights, as fine-tuning starts from."""
@@ -132,12 +144,12 @@ class TokenViT(MapViT):
     Args:
         codebook: where the table of embeddings starts, ``[codes, dims]``.
         classes: logits.
-        dropout: on embeddings.
+        dropout: on embeddings (.1 in pretraining, none in the training of classifiers).
         **options: of :class:`MapViT`.
     """
 
     def __init__(
-        self, codebook: Tensor, classes: int, *, dropout: float = 0.1, **options: Any
+        self, codebook: Tensor, classes: int, *, dropout: float = 0.0, **options: Any
     ) -> None:
         super().__init__(codebook.shape[1], classes, **options)
         self.config = {
