@@ -11,16 +11,21 @@ reconstructions of what its analysis suggests. Each maneuver is exact: with new 
 from __future__ import annotations
 
 import copy
-import itertools
+import logging
+import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from gossamer.core.errors import InputError, UnsupportedError
+from gossamer.core.errors import InputError, UnsupportedError, first_line
 from gossamer.models.mobilenet import MobileNet, SeparableBlock, mobilenet_v1
 from gossamer.parts.regroup import depthwise, regroup
+
+log = logging.getLogger(__name__)
 
 
 def secure_mobilenet_v1(
@@ -161,23 +166,62 @@ def _identity_add(module: nn.Module, _: int) -> nn.Module:
 
 def _fuse(module: nn.Module, _: int) -> nn.Module:
     count = 0
+    inplace: dict[nn.Module, bool] = {}
     for owner in list(module.modules()):
-        children = list(owner.named_children())
-        for (name, first), (following, second) in itertools.pairwise(children):
+        nodes = _calls(owner)
+        times = Counter(node.target for node in nodes if node.op == "call_module")
+        called = {n: owner.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
+        for node, layer in called.items():
+            before = node.args[0] if node.args else None
+            if not isinstance(before, fx.Node) or len(before.users) > 1:
+                continue  # somebody else reads it
+            first = called.get(before)
             if (
                 isinstance(first, nn.Conv2d)
-                and isinstance(second, nn.BatchNorm2d)
-                and second.num_features == first.out_channels
+                and isinstance(layer, nn.BatchNorm2d)
+                and layer.running_mean is not None
+                and times[before.target] == times[node.target] == 1
             ):
-                setattr(owner, name, fuse_conv_bn_eval(first, second))
-                setattr(owner, following, nn.Identity())
+                owner.set_submodule(str(before.target), fuse_conv_bn_eval(first, layer))
+                owner.set_submodule(str(node.target), nn.Identity())
                 count += 1
+        for node, layer in called.items():
+            if isinstance(layer, nn.ReLU | nn.ReLU6):
+                safe = _is_fresh(node.args[0] if node.args else None, called)
+                inplace[layer] = inplace.get(layer, True) and safe
     if not count:
         raise UnsupportedError("the network has no convolution that a normalisation follows")
-    for rectifier in module.modules():
-        if isinstance(rectifier, nn.ReLU | nn.ReLU6):
-            rectifier.inplace = True
+    for rectifier, safe in inplace.items():
+        if safe:
+            rectifier.inplace = True  # type: ignore[assignment]
     return module
+
+
+class _Children(fx.Tracer):
+    """Traces one module; what it calls is one node each."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _calls(owner: nn.Module) -> list[fx.Node]:
+    """What a module calls, in order; nothing where that depends on its input."""
+    if not any(True for _ in owner.children()) or isinstance(owner, nn.ModuleList | nn.ModuleDict):
+        return []
+    try:
+        return list(_Children().trace(owner).nodes)
+    except Exception as error:  # any code may run here
+        log.info("%s is left as it is: %s", type(owner).__name__, first_line(error))
+        return []
+
+
+def _is_fresh(value: Any, called: dict[fx.Node, nn.Module]) -> bool:
+    """Whether a value was made just now and has one reader, so that it may be overwritten."""
+    if not isinstance(value, fx.Node) or len(value.users) > 1:
+        return False
+    if value.op == "call_function":
+        return value.target in (operator.add, torch.add, torch.cat)
+    return isinstance(called.get(value), nn.Conv2d | nn.BatchNorm2d)
 
 
 # Preallocated outputs
@@ -186,7 +230,8 @@ def _fuse(module: nn.Module, _: int) -> nn.Module:
 class Preallocated(nn.Module):
     """A layer whose output goes into a buffer that is kept between calls.
 
-    Outputs of one call are overwritten by the next. Without gradients only.
+    Outputs of one pass are overwritten by the next (:func:`harden` marks where a pass begins); a
+    layer that is called several times in a pass has a buffer for each. Without gradients only.
 
     Args:
         layer: a convolution, a normalisation in evaluation mode or a rectifier.
@@ -195,10 +240,12 @@ class Preallocated(nn.Module):
     def __init__(self, layer: nn.Conv2d | nn.BatchNorm2d | nn.ReLU) -> None:
         super().__init__()
         self.layer = layer
-        self._kept: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
+        self._kept: dict[tuple[int, torch.Size, torch.dtype, torch.device], Tensor] = {}
+        self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, key = self.layer, (x.shape, x.dtype, x.device)
+        layer, key = self.layer, (self.calls, x.shape, x.dtype, x.device)
+        self.calls += 1
         out = self._kept.get(key)
         if out is None:
             # The first call finds the shape.
@@ -231,7 +278,14 @@ def _arena(module: nn.Module, _: int) -> nn.Module:
 
     if not _replace(module, wrap):
         raise UnsupportedError("the network has no layer whose output could be preallocated")
+    module.register_forward_pre_hook(_begin_pass)
     return module
+
+
+def _begin_pass(module: nn.Module, _: Any) -> None:
+    for layer in module.modules():
+        if isinstance(layer, Preallocated):
+            layer.calls = 0
 
 
 def _replace(module: nn.Module, wrap: Callable[[nn.Module], nn.Module | None]) -> int:

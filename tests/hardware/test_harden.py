@@ -112,3 +112,38 @@ def test_refusals(network: nn.Module) -> None:
     for maneuver in MANEUVERS:
         with pytest.raises(UnsupportedError):
             harden(linear, [maneuver])
+
+
+class Rearranged(nn.Module):
+    """Children in another order than they run in, one rectifier for all, inputs read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU()
+        self.last, self.last_norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.relu(self.conv(self.relu(x)))
+        return self.relu(self.last_norm(self.last(self.norm(y)))) + x + y
+
+
+@pytest.mark.parametrize("maneuver", ["fuse", "arena"])
+def test_what_runs_counts_and_not_the_order_of_children(maneuver: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(4, 4, 1), Rearranged()).eval()
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                assert layer.running_mean is not None and layer.running_var is not None
+                layer.running_mean.normal_()
+                layer.running_var.uniform_(0.5, 2.0)
+        x = torch.randn(2, 4, 8, 8)
+    with torch.inference_mode():
+        changed = harden(network, [maneuver])
+        expected = network(x)
+        for _ in range(2):
+            torch.testing.assert_close(changed(x), expected, rtol=1e-4, atol=1e-4)
+    if maneuver == "fuse":
+        kinds = [type(changed.get_submodule(f"1.{name}")) for name in ("norm", "last_norm")]
+        assert kinds == [nn.BatchNorm2d, nn.Identity]
