@@ -20,7 +20,7 @@ from torch import nn
 
 from gossamer.core.errors import GossamerError, UnsupportedError
 from gossamer.hardware.execution_trace import Trace, trace
-from gossamer.hardware.kernel_times import KERNELS, DeviceProfile
+from gossamer.hardware.kernel_times import DeviceProfile
 from gossamer.hardware.trace_layers import Layer, Reading, read_layers
 from gossamer.models.compact_blocks import (
     DenseLayer,
@@ -194,7 +194,7 @@ def _kernels(
         for i in places:
             layer = layers[i]
             spent = np.log(durations[:, layer.event])
-            for kernel in KERNELS:
+            for kernel in sorted({k for k, _ in profile.convolutions}):
                 for groups in _groups(layer):
                     # Depthwise is one choice whatever the width; so are so many groups.
                     depthwise = groups == layer.inputs == layer.channels and groups > 1

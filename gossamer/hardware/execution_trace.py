@@ -317,7 +317,7 @@ def trace(
     if level not in LEVELS:
         raise InputError(f"{level!r} is no level; there are {', '.join(LEVELS)}")
     probes = [(b, channels, side) for b in batches]
-    was = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch_threads(1), torch.inference_mode():
@@ -339,7 +339,8 @@ def trace(
                     found.append(run)
                     probes.append(probe)
     finally:
-        model.train(was)
+        for module, mode in modes:
+            module.training = mode
     if len({len(run.classes) for run in found}) > 1:
         raise UnsupportedError("the number of the network's kernels depends on its input")
     return Trace(

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import gossamer.hardware.trace_shapes as trace_shapes
 from gossamer.core.errors import InputError
-from gossamer.hardware.block_recovery import warped_distance
+from gossamer.hardware.block_recovery import recover, warped_distance
 from gossamer.hardware.execution_trace import CLASSES, Trace, trace
 from gossamer.hardware.fingerprint import DeepPeep, features, find_motif, leaks
 from gossamer.hardware.kernel_times import SIZES_ONLY, DeviceProfile, Line, fit_line
@@ -252,3 +253,22 @@ def test_csv(tmp_path: Path) -> None:
         Trace.from_csv(path)
     with pytest.raises(InputError, match="there is no trace"):
         Trace.from_csv(tmp_path / "none.csv")
+
+
+def test_tracing_leaves_every_modules_mode_as_it_was() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).train()
+    network[1].eval()  # frozen
+    trace(network, (3, 8), batches=(1,), repeats=1, warmup=0, other_sides=False)
+    assert [module.training for module in network.modules()] == [True, True, False, True]
+
+
+def test_only_kernels_that_were_timed_are_looked_for() -> None:
+    lines = {(k, g): Line(1e-6, 1e-9) for k in (1, 3) for g in ("dense", "grouped", "depthwise")}
+    profile = DeviceProfile(lines, Line(1e-6, 1e-12), Line(1e-6, 1e-12))  # type: ignore[arg-type]
+    seen = Trace.of_events(
+        [4 * 16 * 64, 4 * 32 * 64],
+        durations=[profile.convolution(3, 1, 3, 16, 8, 1), profile.convolution(1, 1, 16, 32, 8, 1)],
+        channels=3, side=8,
+    )  # fmt: skip
+    spec = recover(seen, "plain", profile)
+    assert [layer.kernel for layer in spec.layers] == [3, 1]
