@@ -272,11 +272,13 @@ def _spans(family: str, reading: Reading) -> dict[int, int]:
         for join in reading.dense if family == "dense" else reading.fire:
             before = [i for i, layer in enumerate(layers) if layer.event < join]
             if family == "fire":
-                spans[before[-1] - 2] = 3
+                if len(before) > 2:
+                    spans[before[-1] - 2] = 3
             else:
                 trunk = reading.events[join].parts[0]
                 inside = [i for i in before if layers[i].event > trunk]
-                spans[inside[0]] = len(inside)
+                if inside:  # none where the resolution is one position: layers end there
+                    spans[inside[0]] = len(inside)
         return spans
     i = 1
     while i < len(layers):

@@ -272,3 +272,10 @@ def test_only_kernels_that_were_timed_are_looked_for() -> None:
     )  # fmt: skip
     spec = recover(seen, "plain", profile)
     assert [layer.kernel for layer in spec.layers] == [3, 1]
+
+
+@pytest.mark.parametrize("family", ["dense", "fire"])
+def test_joins_of_single_positions_are_no_blocks(family: str) -> None:
+    seen = Trace.of_events([64, 32, 96, 32], freed=[0, 0, 96, 96], channels=3, side=1)
+    spec = recover(seen, family, SIZES_ONLY)
+    assert (spec.blocks, spec.confidence) == ((), 0.0)
