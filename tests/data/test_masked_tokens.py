@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -126,6 +128,31 @@ def test_published_rates() -> None:
     assert all(g["betas"] == (0.9, 0.95) for g in rule.optimizer.param_groups)
     assert {g["weight_decay"] for g in rule.optimizer.param_groups} == {0.0, 0.05}
     assert rule.schedule(0.1) == pytest.approx(1.0) and rule.schedule(1.0) == pytest.approx(0.0)
+
+
+def test_first_logits_are_near_chance() -> None:
+    torch.manual_seed(0)
+    vit = TokenViT(torch.randn(128, 32), 3, side=8, width=32, depth=2, heads=4)
+    made = MaskedTokenModel(vit, width=32, depth=1, heads=4).eval()
+    codes = torch.randint(128, (64, 8, 8), generator=seeded())
+    masked, dropped = draw_masks(64, 16, seeded())
+    with torch.no_grad():
+        loss = masked_loss(made(codes, masked, dropped), made.targets(codes), masked)
+    # A logit is a mean of products of unit variance: its deviation is about 1 or less.
+    assert math.log(128) - 0.1 < loss.item() < math.log(128) + 0.7
+
+
+def test_the_classifier_keeps_the_encoder_and_only_its_head_is_new() -> None:
+    made = model()
+    network = made.classifier(7, drop_path=0.2)
+    before, after = made.vit.state_dict(), network.state_dict()
+    assert set(before) == set(after)
+    for name, value in before.items():
+        if not name.startswith("head."):
+            assert torch.equal(after[name], value), name
+    assert network.head.out_features == 7
+    assert 0 < network.head.weight.abs().max() < 1e-4 and not network.head.bias.any()
+    assert network.dropout.p == 0.0 and network.config["drop_path"] == 0.2
 
 
 def test_overlapping_patches_are_refused() -> None:
