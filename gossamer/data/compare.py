@@ -10,7 +10,6 @@ apart.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,6 @@ from gossamer.core.task import Classification
 from gossamer.data.methods import Candidates, choose, method_of
 from gossamer.data.selection import ORDERS, Order, keep_count, read_selection, subset
 from gossamer.parts.random_features import RandomFeatureClassifier
-
-log = logging.getLogger(__name__)
 
 Learner = Callable[[Classification, int], float]
 """Learns from the training split of a task with a seed; answers test accuracy in percent."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gossamer.core.errors import InputError
-from gossamer.core.fit import Supervised, fit, sgd
+from gossamer.core.fit import Supervised, cosine, fit, sgd
 from gossamer.core.task import Batch, Classification, logits_of, order_of
 
 QUANTITIES = ("el2n", "margin", "loss", "correct")
@@ -173,8 +173,6 @@ class Watched(Supervised):
         optimizer: Optimizer,
         share: float = 1.0,
     ) -> None:
-        from gossamer.core.fit import cosine
-
         super().__init__(
             network,
             task,

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from gossamer.core.errors import InputError, MissingExtra, first_line
 from gossamer.data.lake import Column, Lake, Table
+from gossamer.data.lake_engine import shared_type
 
 
 class DuckEngine:
@@ -102,19 +103,6 @@ def place(parts: tuple[str, ...] | None) -> str:
 
 def _shared(column: Column) -> str:
     at = place(column.parts)
-    match column.kind:
-        case "integer":
-            return f"CAST({at} AS BIGINT)"
-        case "real":
-            return f"CAST({at} AS DOUBLE)"
-        case "decimal":
-            return f"CAST({at} AS DECIMAL({column.precision},{column.scale}))"
-        case "text":
-            return f"CAST({at} AS VARCHAR)"
-        case "date":
-            return f"CAST({at} AS DATE)"
-        case "null":
-            return "CAST(NULL AS VARCHAR)"
-        case "timestamp" | "instant":
-            return f"epoch_{'ns' if column.scale == 9 else 'us'}({at})"
-    return at
+    if column.kind in ("timestamp", "instant"):
+        return f"epoch_{'ns' if column.scale == 9 else 'us'}({at})"
+    return shared_type(column, at, text="VARCHAR")

@@ -185,3 +185,27 @@ def literal(value: Any, comparison_kind: str) -> str:
 def same(pairs: Sequence[tuple[str, str]]) -> str:
     """SQL that rows are equal in all of some columns, nulls included."""
     return " AND ".join(f"{a} IS NOT DISTINCT FROM {b}" for a, b in pairs)
+
+
+def shared_type(column: Column, at: str, *, text: str) -> str:
+    """SQL of a column, other than of times, in the type that all engines share.
+
+    Args:
+        column: of a table.
+        at: SQL of where its values are.
+        text: the engine's name of the type of text.
+    """
+    match column.kind:
+        case "integer":
+            return f"CAST({at} AS BIGINT)"
+        case "real":
+            return f"CAST({at} AS DOUBLE)"
+        case "decimal":
+            return f"CAST({at} AS DECIMAL({column.precision},{column.scale}))"
+        case "text":
+            return f"CAST({at} AS {text})"
+        case "date":
+            return f"CAST({at} AS DATE)"
+        case "null":
+            return f"CAST(NULL AS {text})"
+    return at

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from gossamer.core.errors import InputError, MissingExtra, first_line
 from gossamer.data.lake import Column, Lake, Table
+from gossamer.data.lake_engine import shared_type
 
 SETTINGS = {
     "spark.sql.session.timeZone": "UTC",
@@ -127,19 +128,6 @@ def _place(parts: tuple[str, ...] | None) -> str:
 
 def _shared(column: Column) -> str:
     at = _place(column.parts)
-    match column.kind:
-        case "integer":
-            return f"CAST({at} AS BIGINT)"
-        case "real":
-            return f"CAST({at} AS DOUBLE)"
-        case "decimal":
-            return f"CAST({at} AS DECIMAL({column.precision},{column.scale}))"
-        case "text":
-            return f"CAST({at} AS STRING)"
-        case "date":
-            return f"CAST({at} AS DATE)"
-        case "null":
-            return "CAST(NULL AS STRING)"
-        case "timestamp" | "instant":
-            return at if column.scale == 9 else f"unix_micros(CAST({at} AS TIMESTAMP))"
-    return at
+    if column.kind in ("timestamp", "instant"):
+        return at if column.scale == 9 else f"unix_micros(CAST({at} AS TIMESTAMP))"
+    return shared_type(column, at, text="STRING")

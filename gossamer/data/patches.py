@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import InputError
 from gossamer.core.files import write_tensors
-from gossamer.core.fit import Log, Rule, fit
+from gossamer.core.fit import Log, Rule, cosine, fit
 from gossamer.core.task import Classification, device_of, evaluating, logits_of
 from gossamer.models.masked_autoencoder import MaskedAutoencoder, image_of, patches_of
 from gossamer.parts.taps import layer_of
@@ -212,8 +212,6 @@ class Redraw(Rule):
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.05)
 
     def step(self, batch: Any) -> Log:
-        from gossamer.core.fit import cosine
-
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * cosine(self.run.fraction)
         images = _unit(batch[0], self.task)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from gossamer.core.errors import InputError
+from gossamer.core.files import whole_file
 from gossamer.core.fit import Supervised, fit, sgd
 from gossamer.core.progress import progress
 from gossamer.core.task import Classification, device_of, logits_of, seed_of
@@ -296,8 +297,6 @@ def train_on_subsets(
             answers = [_correct(task, network, of) for of in ("train", split)]
             right.append((answers[0], answers[1]))
             if kept is not None:
-                from gossamer.core.files import whole_file
-
                 with whole_file(kept) as partial, open(partial, "wb") as file:
                     np.savez_compressed(file, train=answers[0], test=answers[1])
     return SubsetModels(

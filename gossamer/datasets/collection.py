@@ -21,7 +21,7 @@ from torch import Tensor
 from gossamer.core.errors import InputError
 from gossamer.core.progress import progress
 from gossamer.core.task import Augment, Classification, Preprocess, Source
-from gossamer.datasets import cifar, idx, tables
+from gossamer.datasets import cifar, digits, idx, tables
 from gossamer.datasets.arrays import ArraySource
 from gossamer.datasets.decode import SUFFIXES, decode, probe
 from gossamer.datasets.encoded import CACHE_BYTES, DEFAULT_SIDE, EncodedSource, in_threads
@@ -204,7 +204,8 @@ def open_collection(
     if split not in ("train", "test"):
         raise InputError(f"images are stored as train or test, not {split!r:.40}")
     if data == "digits":
-        return _digits(size, channels)
+        source = digits.digits_source(image_size=size, channels=channels)
+        return _stored("digits", "digits", source, digits.CLASSES, scale=digits.SCALE)
     path = Path(data).expanduser()
     if path.is_file() and path.suffix == ".parquet":
         return _table([path], path.stem, size, channels, cache_bytes)
@@ -232,16 +233,6 @@ def collection_of(task: Classification, split: str = "train") -> Collection:
         rows = np.arange(len(source))
         source = ArraySource(source.fetch(rows), source.labels)
     return _stored(task.name, split, source, task.classes, scale=task.preprocess.scale)
-
-
-def _digits(size: tuple[int, int] | None, channels: int | None) -> Collection:
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(np.asarray(pixels).reshape(-1, 1, 8, 8)).to(torch.uint8)
-    labels = torch.from_numpy(np.asarray(labels))
-    source = ArraySource(images, labels, channels=channels, size=size)
-    return _stored("digits", "digits", source, [str(digit) for digit in range(10)], scale=16.0)
 
 
 def _stored(

@@ -20,6 +20,8 @@ from gossamer.datasets.splits import assemble
 
 TEST_FRACTION = 0.4
 VALIDATION_FRACTION = 0.2
+CLASSES = tuple(str(digit) for digit in range(10))
+SCALE = 16.0
 
 
 def digits(
@@ -43,23 +45,35 @@ def digits(
         std: on the scale 0..1. Default: measured on the training split.
         augment: of raw training batches. Default: shifts by up to an eighth of the width.
     """
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(np.asarray(pixels).reshape(-1, 1, 8, 8)).to(torch.uint8)
-    pool = ArraySource(
-        images, torch.from_numpy(np.asarray(labels)), channels=channels, size=image_size
-    )
+    pool = digits_source(image_size=image_size, channels=channels)
     return assemble(
         pool,
-        [str(digit) for digit in range(10)],
+        CLASSES,
         name="digits",
         seed=seed,
         validation_fraction=VALIDATION_FRACTION,
         test_fraction=TEST_FRACTION,
         limit=limit,
-        scale=16.0,
+        scale=SCALE,
         mean=mean,
         std=std,
         augment=augment or shift(max(1, pool.size[1] // 8)),
+    )
+
+
+def digits_source(
+    *, image_size: tuple[int, int] | None = None, channels: int | None = None
+) -> ArraySource:
+    """All of the digits, not split.
+
+    Args:
+        image_size: height and width in pixels. Default: 8 x 8.
+        channels: 1 or 3. Default: 1.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.asarray(pixels).reshape(-1, 1, 8, 8)).to(torch.uint8)
+    return ArraySource(
+        images, torch.from_numpy(np.asarray(labels)), channels=channels, size=image_size
     )
