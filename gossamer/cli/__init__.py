@@ -9,6 +9,7 @@ from gossamer.cli import (  # noqa: F401 (they register commands)
     compose,
     compress,
     data,
+    evaluate,
     explore,
     hardware,
     lake,

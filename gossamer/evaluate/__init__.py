@@ -1,0 +1,1 @@
+"""Know what can be trusted: robustness, certificates, ranking, interpretability."""

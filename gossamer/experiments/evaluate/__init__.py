@@ -1,0 +1,1 @@
+"""What the systems of the evaluate room claim, and how it is measured."""
