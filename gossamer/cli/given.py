@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,20 @@ def both_or_embedded(model: str | None, data: str | None) -> tuple[str, str]:
     return model, data
 
 
-def task_of(data: str, model: str, *, image_size: int | None, seed: int, limit: int | None) -> Task:
-    """The data, at the size and with the channels the network is made for."""
+def task_of(
+    data: str,
+    model: str,
+    *,
+    image_size: int | None,
+    seed: int,
+    limit: int | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Task:
+    """The data, at the size, with the channels and normalised as the network is made for."""
     from gossamer.datasets import open_task
 
-    channels = mean = std = None
+    channels = None
     if is_folder(model):
         from gossamer.core.files import read_json
         from gossamer.core.task import Preprocess
@@ -39,7 +49,11 @@ def task_of(data: str, model: str, *, image_size: int | None, seed: int, limit: 
             record = record.get(name) if isinstance(record, dict) else None
         if record is not None:
             preprocess = Preprocess.from_json(record)
-            channels, mean, std = preprocess.channels, preprocess.mean, preprocess.std
+            channels, mean, std = (
+                preprocess.channels,
+                mean or preprocess.mean,
+                std or preprocess.std,
+            )
             image_size = image_size or preprocess.height
     elif image_size is None and data != "digits" and ":" not in model:
         image_size = _default_size(model)
