@@ -35,6 +35,9 @@ from gossamer.core.task import Task, seed_of
 STEPS: dict[str, str] = {
     "prune": "gossamer.compress.prune.magnitude:prune",
     "sparsify": "gossamer.compress.prune.sparsify:sparsify",
+    "woodfisher": "gossamer.compress.prune.woodfisher:woodfisher",
+    "admm": "gossamer.compress.prune.admm:admm",
+    "hard-concrete": "gossamer.compress.prune.hard_concrete:hard_concrete",
     "dynamic-sparse": "gossamer.compress.prune.dynamic_sparse:dynamic_sparse",
     "movement": "gossamer.compress.prune.dynamic_sparse:movement",
     "prune-after-training": "gossamer.compress.prune.post_training:prune_after_training",

@@ -9,22 +9,25 @@ to see, so activation functions and normalisations behind the unit are counted:
   CVPR 2020, arXiv:2002.10179);
 - **ThiNet**: units leave greedily, next the one without which the readers' outputs change least,
   given those that have left before (Luo, Wu and Lin, ICCV 2017, arXiv:1707.06342, algorithm 1). The
-  paper then scales the channels that stay by least squares; here training does that.
+  paper then scales the channels that stay by least squares:
+  :func:`gossamer.compress.prune.reconstruction.refit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from gossamer.compress.prune.groups import Entry, Groups
+from gossamer.compress.prune.layer_values import LayerValues, as_module
 from gossamer.core.errors import UnsupportedError
-from gossamer.core.task import Task, device_of, evaluating, to_device
+from gossamer.core.graph import argument, op_name
+from gossamer.core.task import Task, device_of, to_device
 from gossamer.parts.padding import padded
 
 if TYPE_CHECKING:
@@ -51,10 +54,15 @@ def nonzero_share(
         UnsupportedError: if no convolution or linear layer reads a removable unit.
     """
 
-    def share(seen: Tensor, reader: nn.Module) -> Tensor:
-        return (seen != 0).float().mean((0, 2))
-
-    return _averaged(module, dependency, task, share, batches, batch_size, seed)
+    groups, readers = _readers(module, dependency, ("conv1d", "conv2d", "conv3d", "linear"))
+    total, count = _zeros(groups), _zeros(groups)
+    for reader, seen in _seen(module, dependency, readers, task, batches, batch_size, seed):
+        owner = readers[reader.weight].owner
+        flat = seen.flatten(2) if seen.ndim > 2 else seen.unsqueeze(2)
+        _add(total, owner, (flat != 0).float().mean((0, 2)))
+        _add(count, owner, torch.ones(len(owner), device=groups.device))
+    known = count[:-1] > 0
+    return groups.split(torch.where(known, total[:-1] / count[:-1].clamp(min=1), 1.0))
 
 
 def map_rank(
@@ -75,10 +83,10 @@ def map_rank(
     Raises:
         UnsupportedError: if no convolution reads a removable unit.
     """
-    groups, readers = _readers(module, dependency, (nn.Conv2d,))
+    groups, readers = _readers(module, dependency, ("conv2d",))
     total, count = _zeros(groups), _zeros(groups)
-    for reader, seen in _seen(module, readers, task, batches, batch_size, seed):
-        owner = readers[reader].owner
+    for reader, seen in _seen(module, dependency, readers, task, batches, batch_size, seed):
+        owner = readers[reader.weight].owner
         _add(total, owner, torch.linalg.matrix_rank(seen.float()).float().mean(0))
         _add(count, owner, torch.ones(len(owner), device=groups.device))
     known = count[:-1] > 0
@@ -108,12 +116,13 @@ def greedy_reconstruction(
     Raises:
         UnsupportedError: if no convolution or linear layer reads a removable unit.
     """
-    groups, readers = _readers(module, dependency, (nn.Conv2d, nn.Linear))
+    groups, readers = _readers(module, dependency, ("conv2d", "linear"))
     generator = torch.Generator().manual_seed(seed)
     parts: dict[int, list[Tensor]] = {}
-    for reader, seen in _seen(module, readers, task, batches, batch_size, seed):
-        entry = readers[reader]
-        given = _contributions(module.get_submodule(reader), seen, positions, generator)
+    for reader, seen in _seen(module, dependency, readers, task, batches, batch_size, seed):
+        entry = readers[reader.weight]
+        layer = as_module(reader.node, entry.tensor)
+        given = _contributions(layer, seen, positions, generator)
         units = torch.zeros(len(given), groups.total + 1, device=groups.device)
         units.index_add_(1, entry.owner, given)
         for family in groups.family[entry.owner[entry.owner < groups.total]].unique().tolist():
@@ -168,22 +177,6 @@ def _contributions(
     return (rows * weight[filters]).sum(2)
 
 
-def _averaged(
-    module: nn.Module, dependency: Dependency, task: Task,
-    value: Callable[[Tensor, nn.Module], Tensor], batches: int, batch_size: int, seed: int,
-) -> Scores:  # fmt: skip
-    """The mean over readers and batches of one number a channel; 1 for what nobody reads."""
-    groups, readers = _readers(module, dependency, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-    total, count = _zeros(groups), _zeros(groups)
-    for reader, seen in _seen(module, readers, task, batches, batch_size, seed):
-        owner = readers[reader].owner
-        flat = seen.flatten(2) if seen.ndim > 2 else seen.unsqueeze(2)
-        _add(total, owner, value(flat, module.get_submodule(reader)))
-        _add(count, owner, torch.ones(len(owner), device=groups.device))
-    known = count[:-1] > 0
-    return groups.split(torch.where(known, total[:-1] / count[:-1].clamp(min=1), 1.0))
-
-
 def _zeros(groups: Groups) -> Tensor:
     return torch.zeros(groups.total + 1, device=groups.device)
 
@@ -192,57 +185,57 @@ def _add(total: Tensor, owner: Tensor, values: Tensor) -> None:
     total.index_add_(0, owner, values.to(total))
 
 
+@dataclass(frozen=True)
+class _Reader:
+    weight: str
+    node: fx.Node
+
+
 def _readers(
-    module: nn.Module, dependency: Dependency, kinds: tuple[type[nn.Module], ...]
+    module: nn.Module, dependency: Dependency, kinds: tuple[str, ...]
 ) -> tuple[Groups, dict[str, Entry]]:
-    """The modules that read removable units, with the entry of their weight."""
+    """The weights of such operators that read removable units, with their entries."""
     groups = Groups.of(module, dependency, roles=("consumer",))
+    nodes = LayerValues(dependency.graph, kinds).places
     found: dict[str, Entry] = {}
     for entry in groups.entries:
-        name, _, leaf = entry.name.rpartition(".")
-        reader = module.get_submodule(name)
-        grouped = getattr(reader, "groups", 1) != 1
-        if leaf == "weight" and isinstance(reader, kinds) and entry.axis == 1 and not grouped:
-            found[name] = entry
+        plain = all(_groups(node) == 1 for node in nodes.get(entry.name, ()))
+        if entry.name in nodes and entry.axis == 1 and plain:
+            found[entry.name] = entry
     if not found:
-        names = " or ".join(kind.__name__ for kind in kinds)
         raise UnsupportedError(
-            f"no {names} reads a removable unit, so its activations cannot be seen; use another "
-            "criterion"
+            f"no {' or '.join(kinds)} reads a removable unit, so its activations cannot be seen; "
+            "use another criterion"
         )
     return groups, found
 
 
+def _groups(node: fx.Node) -> int:
+    return 1 if op_name(node.target) == "linear" else argument(node, 6, "groups", 1)
+
+
 def _seen(
-    module: nn.Module, readers: Mapping[str, Entry], task: Task, batches: int, batch_size: int,
-    seed: int,
-) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    module: nn.Module, dependency: Dependency, readers: Mapping[str, Entry], task: Task,
+    batches: int, batch_size: int, seed: int,
+) -> Iterator[tuple[_Reader, Tensor]]:  # fmt: skip
     """What each reader gets of each batch, with its channels on axis 1."""
     device = device_of(module)
     stream = task.batches("train", batch_size=batch_size, seed=seed, shuffle=True)
-    with _caught(module, readers) as inputs, evaluating(module):
+    inputs: list[tuple[_Reader, Tensor]] = []
+
+    def keep(name: str, node: fx.Node, given: Tensor, _: Any) -> None:
+        # A reader that runs twice in a pass is counted both times.
+        if name in readers:
+            linear = op_name(node.target) == "linear"
+            # A copy: what runs later may write over it.
+            inputs.append(
+                (_Reader(name, node), (given.movedim(-1, 1) if linear else given).clone())
+            )
+
+    values = LayerValues(dependency.graph, ("conv1d", "conv2d", "conv3d", "linear"))
+    run = values.watching(keep)
+    with torch.no_grad():
         for _, batch in zip(range(batches), stream, strict=False):
-            task.outputs(module, to_device(batch, device))
-            # A reader that runs twice in a pass is counted both times.
-            for name, x in inputs:
-                linear = isinstance(module.get_submodule(name), nn.Linear)
-                yield name, x.movedim(-1, 1) if linear else x
+            task.outputs(run, to_device(batch, device))
+            yield from inputs
             inputs.clear()
-
-
-@contextmanager
-def _caught(module: nn.Module, readers: Mapping[str, Entry]) -> Iterator[list[tuple[str, Tensor]]]:
-    inputs: list[tuple[str, Tensor]] = []
-
-    def keep(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, given: Any) -> None:
-            inputs.append((name, given[0].detach()))
-
-        return hook
-
-    handles = [module.get_submodule(name).register_forward_pre_hook(keep(name)) for name in readers]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()

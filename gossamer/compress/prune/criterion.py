@@ -10,7 +10,8 @@ Sources: filter norms, Li et al., "Pruning Filters for Efficient ConvNets", ICLR
 Molchanov et al., ICLR 2017 (activations, eq. 8) and CVPR 2019 (weights, eq. 8); BatchNorm scale,
 Liu et al., "Network Slimming", ICCV 2017; FPGM, He et al., "Filter Pruning via Geometric Median",
 CVPR 2019. Criteria that look at activations without labels (APoZ, HRank, ThiNet) are in
-:mod:`gossamer.compress.prune.activation_criterion`.
+:mod:`gossamer.compress.prune.activation_criterion`, the LASSO is in
+:mod:`gossamer.compress.prune.reconstruction`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gossamer.compress.prune.activation_criterion import (
     greedy_reconstruction,
@@ -28,7 +29,10 @@ from gossamer.compress.prune.activation_criterion import (
     nonzero_share,
 )
 from gossamer.compress.prune.groups import Entry, Groups
+from gossamer.compress.prune.layer_values import LayerValues
+from gossamer.compress.prune.reconstruction import lasso
 from gossamer.core.errors import InputError, UnsupportedError
+from gossamer.core.graph import op_name
 from gossamer.core.task import Task, device_of, to_device
 
 if TYPE_CHECKING:
@@ -97,7 +101,7 @@ def batchnorm_scale(
     Raises:
         UnsupportedError: if no family passes a BatchNorm with a scale.
     """
-    scales = set(_batchnorm_scales(module))
+    scales = set(LayerValues(dependency.graph, _NORMS).places)
     groups = Groups.of(module, dependency)
     entries = [entry for entry in groups.entries if entry.name in scales]
     if not entries:
@@ -231,58 +235,46 @@ def taylor_activation(
         UnsupportedError: if no producing module has activations that can be scored.
     """
     groups = Groups.of(module, dependency)
-    owners: dict[str, Entry] = {}
-    for entry in groups.entries:
-        name, _, leaf = entry.name.rpartition(".")
-        kind = module.get_submodule(name)
-        if leaf == "weight" and isinstance(kind, _SCORED):
-            owners[name] = entry
+    values = LayerValues(dependency.graph, (*_SCORED, *_NORMS))
+    kinds = {name: op_name(nodes[0].target) for name, nodes in values.places.items()}
+    owners: dict[str, Entry] = {e.name: e for e in groups.entries if e.name in kinds}
     batchnormed = {
         int(f)
         for name, entry in owners.items()
-        if isinstance(module.get_submodule(name), _NORMS)
+        if kinds[name] in _NORMS
         for f in _families(groups, entry)
     }
     owners = {
         name: entry
         for name, entry in owners.items()
-        if isinstance(module.get_submodule(name), _NORMS)
-        or not _families(groups, entry) <= batchnormed
+        if kinds[name] in _NORMS or not _families(groups, entry) <= batchnormed
     }
     if not owners:
         raise UnsupportedError("no convolution, linear layer or BatchNorm makes removable units")
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+    def keep(name: str, node: fx.Node, _: Any, output: Tensor) -> None:
+        if name in owners:
             outputs[name] = output
 
-        return hook
-
-    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in owners]
+    run = values.watching(keep)
     sums = {name: torch.zeros(groups.total, device=groups.device) for name in owners}
     count = 0
-    try:
-        for batch in _some(task, module, batches, batch_size, split, seed):
-            with _evaluation(module), torch.enable_grad():
-                loss = task.loss(module, batch)
-                gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
-            for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
-                if gradient is None:
-                    continue
-                product = output.detach() * gradient * len(output)
-                channel = 1 if not isinstance(module.get_submodule(name), nn.Linear) else -1
-                product = product.movedim(channel, 1)
-                each = product.flatten(2).mean(2) if product.ndim > 2 else product
-                values = each.abs().sum(0)
-                padded = torch.zeros(groups.total + 1, device=groups.device)
-                padded.index_add_(0, owners[name].owner, values.to(padded.dtype))
-                sums[name] += padded[:-1]
-            count += len(next(iter(outputs.values())))
-            outputs.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
+    for batch in _some(task, module, batches, batch_size, split, seed):
+        with torch.enable_grad():
+            loss = task.loss(run, batch)
+            gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+        for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
+            if gradient is None:
+                continue
+            product = output.detach() * gradient * len(output)
+            product = product.movedim(-1 if kinds[name] == "linear" else 1, 1)
+            each = product.flatten(2).mean(2) if product.ndim > 2 else product
+            padded = torch.zeros(groups.total + 1, device=groups.device)
+            padded.index_add_(0, owners[name].owner, each.abs().sum(0).to(padded.dtype))
+            sums[name] += padded[:-1]
+        count += len(next(iter(outputs.values())))
+        outputs.clear()
     shares = []
     for total in sums.values():
         share = total / max(1, count)
@@ -340,6 +332,10 @@ def _thinet(module: nn.Module, dependency: Dependency, task: Task, seed: int) ->
     return greedy_reconstruction(module, dependency, task, seed=seed)
 
 
+def _lasso(module: nn.Module, dependency: Dependency, task: Task, seed: int) -> Scores:
+    return lasso(module, dependency, task, seed=seed)
+
+
 CRITERIA: dict[str, Criterion] = {
     "l1": _l1,
     "l2": _l2,
@@ -352,11 +348,12 @@ CRITERIA: dict[str, Criterion] = {
     "apoz": _apoz,
     "hrank": _hrank,
     "thinet": _thinet,
+    "lasso": _lasso,
 }
 """Criteria by the names that recipes use: ``(module, dependency, task, seed) -> scores``."""
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_SCORED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, *_NORMS)
+_NORMS = ("batch_norm",)
+_SCORED = ("conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear")
 
 
 def _batchnorm_scales(module: nn.Module) -> list[str]:

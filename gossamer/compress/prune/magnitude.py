@@ -2,7 +2,8 @@
 
 The classic way (Li et al., ICLR 2017, and all that followed): a trained network's units are scored,
 those of least worth are removed until a budget is met, and the rest is trained on. Criterion,
-allocation and schedule are chosen by name, so a recipe can hold them.
+allocation and schedule are chosen by name, so a recipe can hold them. Between removing and
+fine-tuning the readers of what went may be fitted to the untouched network's responses.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 
 from gossamer.compress.prune.allocation import ALLOCATIONS, cost_of, quanta, select, unit_widths
 from gossamer.compress.prune.criterion import CRITERIA
+from gossamer.compress.prune.rate_distortion import calibration_inputs
+from gossamer.compress.prune.reconstruction import Refit, refit
 from gossamer.compress.prune.schedule import SCHEDULES
 from gossamer.core import surgery
 from gossamer.core.dependency import analyse
@@ -36,6 +39,8 @@ def prune(
     parameters: float | None = None,
     units: float | None = None,
     round_to: int = 1,
+    reconstruct: Refit = "none",
+    samples: int = 512,
     schedule: str = "one-shot",
     rounds: int = 1,
     epochs: int = 10,
@@ -58,6 +63,10 @@ def prune(
         parameters: keep at most this share of the parameters.
         units: keep this share of the units.
         round_to: channels of every family that can are kept in multiples of this.
+        reconstruct: what the weights that read removed units do before fine-tuning: "none",
+            "least-squares" (they are fitted to the responses of the network before the round) or
+            "scale" (one factor a unit is).
+        samples: training inputs that they are fitted on.
         schedule: a name of :data:`~.schedule.SCHEDULES`: how much is gone after each round.
         rounds: of removing and fine-tuning.
         epochs: of fine-tuning, over all rounds.
@@ -87,6 +96,10 @@ def prune(
         raise InputError(f"{budget} must be a share in (0, 1], not {share}")
     if rounds < 1 or epochs < 0:
         raise InputError("prune needs at least one round and no negative number of epochs")
+    if reconstruct not in ("none", "scale", "least-squares"):
+        raise InputError(
+            f"readers are reconstructed by none, scale or least-squares, not {reconstruct!r:.40}"
+        )
     for name, known in (
         (criterion, CRITERIA),
         (allocation, ALLOCATIONS),
@@ -124,6 +137,13 @@ def prune(
             quantum=quanta(unit_widths(dependency), round_to),
         )
         removal = {i: mask.cpu() for i, mask in enumerate(removed) if bool(mask.any())}
+        errors = {}
+        if reconstruct != "none" and removal:
+            inputs = calibration_inputs(
+                task, samples=samples, source="data", seed=seed_of("refit", seed, number),
+                batch_size=64,
+            )  # fmt: skip
+            errors = refit(module, dependency, removal, inputs, how=reconstruct)
         result = surgery.remove(module, dependency, removal, verify=True)
         module = result.module
         after = dependency.cost(removal)
@@ -136,6 +156,7 @@ def prune(
                 },
                 "verified": bool(result.verified),
                 "error": float(result.error),
+                "reconstruction": errors,
                 "notes": list(result.notes),
             }
         )
@@ -165,6 +186,8 @@ def prune(
         "allocation": allocation,
         budget: share,
         "round_to": round_to,
+        "reconstruct": reconstruct,
+        "samples": samples,
         "schedule": schedule,
         "rounds": rounds,
         "epochs": epochs,

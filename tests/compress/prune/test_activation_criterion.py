@@ -159,7 +159,7 @@ def test_they_prune_a_real_network(criterion: str) -> None:
 def test_what_nobody_reads_is_said() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     task = Fixed(torch.randn(4, 4))
-    with pytest.raises(UnsupportedError, match="no Conv2d reads"):
+    with pytest.raises(UnsupportedError, match="no conv2d reads"):
         map_rank(net, analyse(net, task.example_inputs), task)
     (shares,) = nonzero_share(net, analyse(net, task.example_inputs), task)
     expected = (net[:2](task.images) != 0).float().mean(0)

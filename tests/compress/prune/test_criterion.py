@@ -19,7 +19,9 @@ from gossamer.compress.prune.criterion import (
 )
 from gossamer.core.dependency import Dependency, analyse
 from gossamer.core.errors import InputError, UnsupportedError
+from gossamer.core.graph import Graph
 from gossamer.datasets.digits import digits
+from gossamer.models.resnet import digits_resnet
 
 FPGM_ROWS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
 
@@ -231,3 +233,17 @@ def test_group_importance_counts_what_reads_a_unit() -> None:
     (both,) = criterion.CRITERIA["group"](network, dependency, None, 0)  # type: ignore[arg-type]
     # Rows give 1 and 1; columns 1/3 and 5/3; their means:
     assert both.tolist() == pytest.approx([2 / 3, 4 / 3])
+
+
+@pytest.mark.parametrize("name", sorted(CRITERIA))
+def test_a_network_rebuilt_from_its_graph_is_scored_alike(name: str) -> None:
+    """Between the steps of a recipe networks are graphs without modules that say what they are."""
+    task = digits(limit=200)
+    torch.manual_seed(0)
+    plain = digits_resnet().eval()
+    rebuilt = Graph.trace(plain, task.example_inputs).network().eval()
+    for mine, other in zip(
+        *(CRITERIA[name](m, analyse(m, task.example_inputs), task, 0) for m in (plain, rebuilt)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
