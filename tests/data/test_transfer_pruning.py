@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from sklearn.neighbors import NearestCentroid
 
 from gossamer.core.errors import InputError
+from gossamer.core.fit import Supervised, fit, sgd
+from gossamer.data.selection import subset
 from gossamer.data.transfer_pruning import (
     Votes,
     add_up,
@@ -20,6 +26,11 @@ from gossamer.data.transfer_pruning import (
     prototypes_of,
     ranking,
 )
+from gossamer.datasets.arrays import ArraySource
+from gossamer.datasets.idx import idx_folder
+from gossamer.datasets.splits import assemble
+from gossamer.experiments.data.transfer_pruning import Work, _large, _small, _transferred
+from gossamer.parts.embedding import embed
 
 PROTOTYPES = np.array([[0.0, 0], [4, 0], [0, 3]])
 TARGETS = np.array([[1.0, 0], [3, 0], [0, 2], [0, 3], [2, 0]])
@@ -129,6 +140,53 @@ def test_influence_of_classes_by_hand() -> None:
     np.testing.assert_allclose(votes.closeness, [30.0, 10.0])
     with pytest.raises(InputError, match="in some subsets and not in all"):
         class_influence(np.ones((3, 2), dtype=bool), np.zeros(3))
+
+
+def test_identity_features_are_nearest_class_means() -> None:
+    labels = np.repeat(np.arange(4), 20)
+    source = RANDOM.normal(size=(80, 6)) + 2 * RANDOM.normal(size=(4, 6))[labels]
+    target = RANDOM.normal(size=(50, 6))
+    said = NearestCentroid().fit(source, labels).predict(target)
+    votes = feature_mapping(target, prototypes_of(source, labels))
+    np.testing.assert_array_equal(votes.counts, np.bincount(said, minlength=4))
+
+
+def test_ankle_boots_vote_for_shoes(real_data: Callable[[str], Path]) -> None:
+    clothes = idx_folder(real_data("fashion_mnist"), image_size=(14, 14), limit=6000)
+    labels = clothes.splits["train"].labels.numpy()
+    source = subset(clothes, np.flatnonzero(labels < 8))
+    source.augment = None
+    network = _small(0)
+    fit(
+        Supervised(network, source, optimizer=sgd(network, lr=0.05)), source, epochs=4,
+        batch_size=32,
+    )  # fmt: skip
+    boots = clothes.splits["train"].fetch(np.flatnonzero(labels == 9))
+    assert len(boots) > 100
+    found = ArraySource(boots, torch.zeros(len(boots), dtype=torch.int64))
+    votes = [
+        label_mapping(embed(found, network, clothes.preprocess, batch_size=size).logits)
+        for size in (7, 256)
+    ]
+    np.testing.assert_array_equal(votes[0].counts, votes[1].counts)
+    # Sneakers (7) and sandals (5), of eight classes.
+    assert votes[0].counts[[5, 7]].sum() > 0.9 * len(boots)
+
+
+def test_the_probe_leaves_the_network_alone() -> None:
+    network = _large(0)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    images = torch.randint(256, (60, 1, 14, 14), dtype=torch.uint8)
+    labels = torch.arange(60) % 3
+    part = ArraySource(images, labels)
+    task = assemble(part, ["a", "b", "c"], name="noise", validation=part, test=part)
+    work = Work(
+        _small, _large, 1, 1, 32, kept=(), probe_epochs=40, tune_epochs=1,
+    )  # fmt: skip
+    found = _transferred(network, task, work, seed=0)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    # Features of random filters and twenty images a class: a linear layer learns them by heart.
+    assert found["probe"] > 60.0
 
 
 def test_nothing_to_vote_with() -> None:
