@@ -267,7 +267,8 @@ class Delta(Change):
 
         Args:
             base: before fine-tuning.
-            tuned: after it. Its buffers, and parameters that are left out, are kept as they are.
+            tuned: after it. Its buffers, and parameters that are left out or are single numbers,
+                are kept as they are.
             include: parts of names that are taken (:data:`DECODER` for decoders). Default: all.
             exclude: parts of names that are left out (heads).
 
@@ -284,7 +285,9 @@ class Delta(Change):
         squares = [0.0, 0.0]
         for name, value in after.items():
             taken = include is None or _part_of(name, include)
-            if not taken or _part_of(name, exclude) or not value.is_floating_point():
+            # A single number has no entries of which some could stay.
+            plain = not value.is_floating_point() or not value.ndim
+            if not taken or _part_of(name, exclude) or plain:
                 rest[name] = value.clone()
                 continue
             if name not in before:
@@ -858,7 +861,8 @@ class Selection:
         """The pruned network inside the block."""
         level = level_of(self.tuned)
         weights = {
-            level + name: (self.base[name].to(change) + divided(change, _divisor_of(q, name)))
+            level + name: self.base[name][: len(change)].to(change)
+            + divided(change, _divisor_of(q, name))
             for name, change in self._masked[seed].items()
         }
         with swapped(self.tuned, weights) as module:
@@ -1018,7 +1022,7 @@ class _Rescaled(nn.Module):
         by = selection._spread({name: q[i : i + 1] for i, name in enumerate(layers)})
         level = level_of(selection.tuned)
         weights = {
-            level + name: selection.base[name].to(change)
+            level + name: selection.base[name][: len(change)].to(change)
             + change / by[name].to(change.device).view(-1, *(1,) * (change.ndim - 1))
             for name, change in selection._masked[seed].items()
         }

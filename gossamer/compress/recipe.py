@@ -103,7 +103,8 @@ class Step:
         options: keyword arguments of its function, JSON values.
 
     Raises:
-        InputError: if the step or an option is unknown, or a value is of the wrong kind.
+        InputError: if the step or an option is unknown, an option that has no default is missing,
+            or a value is of the wrong kind.
     """
 
     name: str
@@ -112,11 +113,12 @@ class Step:
     def __post_init__(self) -> None:
         function = step_function(self.name)
         hints = typing.get_type_hints(function)
-        known = [
-            p.name
+        takes = [
+            p
             for p in inspect.signature(function).parameters.values()
             if p.kind is p.KEYWORD_ONLY and p.name not in _SUPPLIED - {"seed"}
         ]
+        known = [p.name for p in takes]
         for option, value in self.options.items():
             if option not in known:
                 raise InputError(
@@ -127,6 +129,9 @@ class Step:
                     f"the option {option} of {self.name} cannot be {reprlib.repr(value)}; "
                     f"it takes {_words(hints[option])}"
                 )
+        missing = [p.name for p in takes if p.default is p.empty and p.name not in self.options]
+        if missing:
+            raise InputError(f"the step {self.name} needs the option {' and '.join(missing)}")
 
     def apply(
         self,

@@ -647,3 +647,51 @@ def test_anchored_finetuning_stays_nearer(
 
 
 KEPT_OF_TWELVE = [1.0, 3.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
+
+
+class Scaled(nn.Module):
+    """A layer times one trained number, as in residual networks that begin as the identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(64, 16), nn.Linear(16, 10)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.inner(x.flatten(1)).relu() * self.scale)
+
+
+def test_single_numbers_are_kept_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Scaled()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    delta = Delta.from_models(base, tuned)
+    assert "scale" in delta.rest and "scale" not in delta.changes
+    delta.drop(0.5, seed=1).save(tmp_path / "delta")
+    again = SparseDelta.load(tmp_path / "delta").apply(base)
+    assert float(again.scale) == float(tuned.scale) != 1.0
+    whole = delta.apply(base)
+    for made, wanted in zip(whole.parameters(), tuned.parameters(), strict=True):
+        torch.testing.assert_close(made, wanted)
+
+
+def test_q_is_chosen_for_a_network_whose_vocabulary_was_cut() -> None:
+    class Read(nn.Module):
+        def __init__(self, tokens: int) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(tokens, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table((x.flatten(1).sum(1) > 0).long()))
+
+    torch.manual_seed(0)
+    base, tuned = Read(9), Read(5)
+    task = digits(limit=60)
+    delta = Delta.from_models(base, tuned)
+    selection = Selection(delta, base, tuned, task, 0.5, seeds=(0,), samples=8)
+    with selection.pruned(0.5, 0) as module:
+        expected = delta.drop(0.5, q=0.5, seed=0).state(base)["table.weight"]
+        torch.testing.assert_close(module.table.weight.detach(), expected)

@@ -65,6 +65,8 @@ def test_every_step_exists_and_takes_network_and_task() -> None:
         ("steps:\n- finetune: {checkpoint: /etc/passwd}", "has no option 'checkpoint'"),
         ("steps:\n- finetune: [1]", "step 1 of the recipe: the options of finetune are no mapping"),
         ("steps:\n- {finetune: , int8: }", "step 1 of the recipe is not a name with options"),
+        ("steps:\n- delta:", "the step delta needs the option base"),
+        ("steps:\n- merge:", "the step merge needs the option base and others"),
         ("steps: prune", "needs a list called steps"),
         ("- prune", "needs a list called steps"),
         ("", "needs a list called steps"),
