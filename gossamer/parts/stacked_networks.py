@@ -243,8 +243,6 @@ class StackedTraining(Rule):
         schedule: learning-rate multiplier as a function of the fraction of training done.
     """
 
-    network: StackedNetworks
-
     def __init__(
         self,
         network: StackedNetworks,
@@ -364,7 +362,8 @@ def train_stacked(
             momentum .9, learning rate .1 and weight decay 5e-4 (on everything, since all stacked
             tensors have axes to spare).
         schedule: learning-rate multiplier as a function of a member's fraction of its steps.
-        chunk: members that train together. Weights are a function of it (to the last bits).
+        chunk: members that train together, at most; the members are shared out evenly. Weights are
+            a function of it and of the number of members (to the last bits).
         seed: of augmentation and dropout.
         precision: "no" (float32) or "bf16".
         title: of the progress bar.
@@ -380,6 +379,7 @@ def train_stacked(
             f"not {epochs}, {batch_size} and {chunk}"
         )
     stacks = []
+    chunk = -(-len(rows) // -(-len(rows) // chunk))
     for low in range(0, len(rows), chunk):
         own = list(rows[low : low + chunk])
         own_seeds = list(seeds[low : low + chunk])
