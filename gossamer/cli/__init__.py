@@ -6,6 +6,7 @@ a network and a task; the other files hold the commands of one room each.
 
 from gossamer.cli import (  # noqa: F401 (they register commands)
     catalog,
+    certify,
     compose,
     compress,
     data,
@@ -13,6 +14,7 @@ from gossamer.cli import (  # noqa: F401 (they register commands)
     explore,
     hardware,
     lake,
+    rank,
     synthesize,
     tokens,
     transfer,
