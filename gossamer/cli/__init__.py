@@ -14,6 +14,7 @@ from gossamer.cli import (  # noqa: F401 (they register commands)
     explore,
     hardware,
     lake,
+    rank,
     synthesize,
     tokens,
     transfer,

@@ -173,7 +173,7 @@ def _show(report: RobustnessReport) -> None:
 
     table = Table(title=f"{report.attack}, L-infinity eps {report.eps:.4g}")
     for column in ("", "accuracy (%)", "attacked", "broken", "forward", "backward", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     name = "clean" if report.labels == "given" else "the network's own answers"
     table.add_row(name, f"{report.clean:.2f}", *[""] * 5)
     for cost, after in zip(report.costs, report.after, strict=True):
