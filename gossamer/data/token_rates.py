@@ -59,6 +59,7 @@ def adamw(
             for (rate, decay), parameters in groups.items()
         ],
         betas=betas,
+        fused=True,  # one pass over the weights: small networks have many small ones
     )
 
 
