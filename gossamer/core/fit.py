@@ -374,7 +374,7 @@ def fit(
             start = run.step - run.epoch * run.steps_per_epoch
             for batch in _joined(tasks, sizes, split, seed, run.epoch, start):
                 with torch.random.fork_rng(devices=devices):
-                    torch.manual_seed(seed_of("step", seed, run.epoch, run.step))
+                    _seed_draws(seed_of("step", seed, run.epoch, run.step), run.device)
                     for module in rule.modules().values():
                         if any(p.requires_grad for p in module.parameters()):
                             module.train()
@@ -407,6 +407,18 @@ def fit(
     history.seconds = time.monotonic() - began
     rule.finish()
     return history
+
+
+def _seed_draws(seed: int, device: torch.device) -> None:
+    """Seeds the CPU's draws and those of ``device``.
+
+    ``torch.manual_seed`` would seed devices that the run does not use, whose draws nobody restores
+    after the step, and costs a fraction of a millisecond where they are not there.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _joined(

@@ -258,6 +258,21 @@ def test_draws_in_a_step_depend_on_the_step_alone() -> None:
     assert first.ended == 2 and not first.frozen.training
 
 
+def test_steps_are_seeded_on_the_run_s_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(seed: int) -> None:
+        raise AssertionError(f"a device that nobody uses was seeded with {seed}")
+
+    recording = Recording()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "manual_seed_all", refuse)
+        patch.setattr(torch.xpu, "manual_seed_all", refuse)
+        fit(recording, small_task(), epochs=1, batch_size=40, seed=1, cpu=True)
+    for step, seen in enumerate(recording.seen):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of("step", 1, 0, step))
+            assert seen[2] == float(torch.rand(()))
+
+
 def test_several_tasks_give_batches_by_name() -> None:
     tasks: dict[str, Task] = {"labelled": digits(limit=40), "other": digits(limit=90, seed=3)}
     rule = Recording()
