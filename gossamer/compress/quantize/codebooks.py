@@ -1018,7 +1018,8 @@ def compress(
         raise InputError("learning codebooks needs calibration samples; none were given")
     names = list(multiplied_weights(module, example_inputs, skip=skip))
     if not ends:
-        names = names[1:-1]
+        every = list(multiplied_weights(module, example_inputs))  # the ends are the network's own
+        names = [name for name in names if name not in (every[0], every[-1])]
     made = Reordered(copy.deepcopy(module), {}, {})
     if rearrange and groups > 1:
         made = reorder(module, example_inputs, groups=groups, names=names, seed=seed)
@@ -1036,7 +1037,9 @@ def compress(
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     original = copy.deepcopy(graph.network()).to(device).eval()
     smaller = copy.deepcopy(graph.network()).to(device).eval()
-    settings = (entries, groups, grouping, learning, rearrange, sorted(sparse), seed)
+    settings = (
+        entries, groups, grouping, learning, rearrange, sorted(sparse), seed, names, looked_up
+    )  # fmt: skip
     identity = _identity(original, calibration, settings)
     tensors, reports = _resumed(checkpoint, identity)
     with progress() as bar:
@@ -1271,6 +1274,7 @@ def codebook(
         gradient=None if gradient == "none" else gradient,
         falloff=falloff,
         steps=steps,
+        warm_up=min(Learning.warm_up, steps // 2),  # or indices would never move in a short run
         batch_size=batch_size,
         lr=lr,
         index_lr=index_lr,

@@ -608,6 +608,8 @@ def test_embeddings_ends_and_skipped_layers(task, trained):
     assert len(made.module.embed.weight.unique()) <= 8
     made = compress(Words(), (ids,), [], ends=False, **options)
     assert set(made.tensors) == {"two.weight"}
+    made = compress(Words(), (ids,), [], ends=False, skip=["head"], **options)
+    assert set(made.tensors) == {"two.weight"}  # the last layer is the head, skipped or not
     with pytest.raises(InputError, match="needs calibration samples"):
         compress(Words(), (ids,), [])
 
@@ -641,6 +643,17 @@ def test_killed_and_resumed(task, trained, tmp_path, monkeypatch):
         )
 
 
+def test_a_checkpoint_of_other_layers_is_refused(task, trained, tmp_path):
+    def run(**options):
+        options = {"learning": None, "rearrange": False, "checkpoint": tmp_path / "state"} | options
+        return compress(trained, task.example_inputs, [], **options)
+
+    first = next(iter(run().tensors))
+    for other in ({"skip": [first]}, {"ends": False}):
+        with pytest.raises(InputError, match="other settings"):
+            run(**other)
+
+
 # The step
 
 
@@ -649,9 +662,11 @@ def test_the_step(task, trained, tmp_path):
     before = copy.deepcopy(trained.state_dict())
     with torch.no_grad():
         trained.get_parameter("9.weight")[:, ::2] = 0.0
-    made = codebook(network, task, entries=3, steps=30, samples=128)
+    made = codebook(network, task, entries=3, steps=30, samples=128, index_lr=0.1)
     trained.load_state_dict(before)
     assert made.runtime == "packed" and made.storage["0.weight"].startswith("codebook")
+    layers = made.steps[-1]["report"]["layers"]
+    assert sum(row["moves"] for row in layers.values()) > 0  # short as it is
     assert float((made.module.get_parameter("9.weight") == 0).float().mean()) >= 0.5
     made.packed.save(tmp_path / "p")
     runner = PackedNetwork.load(tmp_path / "p").runner(made.module, task.example_inputs)
