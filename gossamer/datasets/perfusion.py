@@ -548,7 +548,7 @@ def _nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except ModuleNotFoundError as error:
         raise MissingExtra("nibabel", "medical") from error
     try:
-        image = nibabel.load(path)  # type: ignore[attr-defined]
+        image: Any = nibabel.load(path)  # type: ignore[attr-defined]
         return np.asarray(image.get_fdata(dtype=np.float32)), np.asarray(image.affine)
     # Headers and compressed data meet arbitrary bytes and raise nearly anything.
     except Exception as error:

@@ -194,16 +194,18 @@ def combine_patches(
         )
     )
     owner = (first_row[:, None] * len(grid.columns) + first_column).reshape(-1)
-    pivot: Tensor | None = None
+    moments: tuple[Tensor, Tensor, Tensor] | None = None
     seen = 0
     for batch in patches:
         values = (batch.round() if vote else batch).double()
         device = values.device
-        if pivot is None:
+        if moments is None:
             owner, inside = owner.to(device), inside.to(device)
             rows, columns = rows.to(device), columns.to(device)
             rows_kept, columns_kept = rows_kept.to(device), columns_kept.to(device)
             pivot, total, squares = torch.zeros(3, size, dtype=torch.float64, device=device)
+            moments = (pivot, total, squares)
+        pivot, total, squares = moments
         last = seen + len(values)
         if last > len(grid) or values.shape[1:] != (grid.patch, grid.patch):
             raise InputError(
@@ -226,8 +228,9 @@ def combine_patches(
         total.index_add_(0, places, away)
         squares.index_add_(0, places, away.square())
         seen = last
-    if pivot is None or seen != len(grid):
+    if moments is None or seen != len(grid):
         raise InputError(f"{seen} patches do not go with {len(grid)} windows")
+    pivot, total, squares = moments
     coverage = grid.coverage(trim).to(pivot.device).reshape(-1)
     mean = pivot + total / coverage
     spread = (squares - total.square() / coverage).clamp(min=0.0)
@@ -340,20 +343,26 @@ def without_specks(mask: np.ndarray, min_area: float = 0.015) -> np.ndarray:
     """
     if not 0.0 <= min_area <= 1.0:
         raise InputError(f"the least area is a share of the image in 0..1, not {min_area:g}")
-    labels, _ = ndimage.label(mask, structure=_EIGHT)
+    labels, _ = _labelled(mask, _EIGHT)
     kept = np.zeros(mask.shape, dtype=bool)
     for number, place in enumerate(ndimage.find_objects(labels), start=1):
         part = labels[place] == number
-        if ndimage.binary_fill_holes(part).sum() >= min_area * mask.size:
+        filled = np.asarray(ndimage.binary_fill_holes(part))
+        if filled.sum() >= min_area * mask.size:
             kept[place] |= part
     return kept
 
 
+def _labelled(mask: np.ndarray, structure: np.ndarray | None) -> tuple[np.ndarray, int]:
+    labels = np.zeros(mask.shape, dtype=np.int32)
+    return labels, int(ndimage.label(mask, structure, output=labels))  # type: ignore[arg-type]
+
+
 def parts_and_holes(mask: np.ndarray) -> tuple[int, int]:
     """Connected parts (8 neighbours) and holes (4 neighbours) of a mask ``[height, width]``."""
-    _, parts = ndimage.label(mask, structure=_EIGHT)
+    _, parts = _labelled(mask, _EIGHT)
     # The frame makes one region of all background that reaches the edge.
-    _, regions = ndimage.label(np.pad(~mask.astype(bool), 1, constant_values=True))
+    _, regions = _labelled(np.pad(~mask.astype(bool), 1, constant_values=True), None)
     return parts, regions - 1
 
 

@@ -18,16 +18,19 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import InputError
+from gossamer.core.files import read_json, whole_folder, write_json
 from gossamer.core.fit import Supervised, cosine, fit
 from gossamer.core.progress import progress
+from gossamer.core.saved import load_network, save_network
 from gossamer.core.segmentation import IGNORED, Segmentation
 from gossamer.core.task import device_of, logits_of, seed_of
 from gossamer.evaluate.sliding_windows import (
@@ -329,7 +332,8 @@ class Comparison:
         from scipy.stats import wilcoxon
 
         apart = self.dice[one] - self.dice[other]
-        return float(wilcoxon(apart).pvalue) if np.any(apart) else 1.0
+        found: Any = wilcoxon(apart) if np.any(apart) else None
+        return 1.0 if found is None else float(found.pvalue)
 
     def rank_correlation(self) -> float:
         """Spearman's correlation of U_pp and Dice over all series and members.
@@ -589,3 +593,122 @@ def train_pool(
 
 def _dice_of(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
     return soft_dice_loss(logits_of(outputs), batch[1])
+
+
+# The pool on disk ----------------------------------------------------------------------------
+
+POOL_FILE = "pool.json"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Trained networks and how they look at series.
+
+    Attributes:
+        networks: in evaluation mode.
+        frames: that a series must have.
+        scan: with the window that the networks were trained with.
+        calibration: what validation series said; None if the pool was not calibrated.
+    """
+
+    networks: tuple[nn.Module, ...]
+    frames: int
+    scan: Scan
+    calibration: Calibration | None = None
+
+    def select(self, series: Tensor) -> Selection:
+        """The least uncertain network for a series, see :func:`least_uncertain`.
+
+        Raises:
+            InputError: if the series has another number of frames, or windows do not fit.
+        """
+        if series.ndim != 3 or len(series) != self.frames:
+            raise InputError(
+                f"a series of shape {list(series.shape)} does not go with networks for "
+                f"{self.frames} frames; [{self.frames}, height, width] is needed"
+            )
+        threshold = None if self.calibration is None else self.calibration.threshold
+        return least_uncertain(self.networks, series, self.scan, threshold=threshold)
+
+
+def save_pool(folder: Path, pool: Pool) -> None:
+    """Writes the networks and ``pool.json``; the folder appears as a whole.
+
+    Raises:
+        InputError: if it cannot be written.
+        UnsupportedError: if a network cannot be traced.
+    """
+    patch = pool.scan.patch
+    found = pool.calibration
+    with whole_folder(Path(folder)) as partial:
+        for number, network in enumerate(pool.networks):
+            inputs = (torch.zeros(2, pool.frames, patch, patch, device=device_of(network)),)
+            save_network(partial / f"member-{number:03}", network, inputs)
+        write_json(
+            partial / POOL_FILE,
+            {
+                "scan": asdict(pool.scan),
+                "calibration": None
+                if found is None
+                # JSON knows no infinity.
+                else asdict(found)
+                | {"threshold": found.threshold if np.isfinite(found.threshold) else None},
+            },
+        )
+
+
+def load_pool(folder: Path) -> Pool:
+    """Reads a pool: every subfolder that holds a network, in order of their names.
+
+    Without ``pool.json`` the window is the size of the networks' inputs, its strides are the
+    paper's shares of it, and nothing is calibrated.
+
+    Raises:
+        InputError: if there is no network, one cannot be read, or they differ in their inputs.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder of networks")
+    places = sorted(place for place in folder.iterdir() if (place / "network.json").is_file())
+    if not places:
+        raise InputError(
+            f"{folder} holds no networks; each has a folder of its own there, written by gossamer"
+        )
+    networks, shapes = [], []
+    for place in places:
+        network, inputs, _ = load_network(place)
+        networks.append(network)
+        shapes.append(list(inputs[0].shape[1:]) if inputs else [])
+        if shapes[-1] != shapes[0] or len(inputs) != 1 or len(shapes[-1]) != 3:
+            raise InputError(
+                f"the network in {place} takes inputs of {shapes[-1]} and that in {places[0]} of "
+                f"{shapes[0]}; a pool takes one [frames, patch, patch]"
+            )
+    frames, height, width = shapes[0]
+    if height != width:
+        raise InputError(f"the networks in {folder} take {height} x {width} pixels; not square")
+    scan = Scan(patch=height, stride=max(1, height // 4), fine_stride=max(1, height // 32))
+    calibration = None
+    file = folder / POOL_FILE
+    if file.is_file():
+        content = read_json(file)
+        try:
+            scan = Scan(**content["scan"])
+            kept = content["calibration"]
+            if kept is not None:
+                threshold = float("inf") if kept["threshold"] is None else kept["threshold"]
+                calibration = Calibration(
+                    int(kept["established"]), float(threshold), tuple(map(float, kept["dice"]))
+                )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file} does not describe a pool: {error!r}") from error
+        if calibration is not None and not 0 <= calibration.established < len(networks):
+            raise InputError(
+                f"{file} names member {calibration.established} as established, but there are "
+                f"{len(networks)} networks"
+            )
+        if scan.patch != height:
+            raise InputError(
+                f"{file} has windows of {scan.patch} pixels, but the networks take {height}"
+            )
+    return Pool(tuple(networks), frames, scan, calibration)
