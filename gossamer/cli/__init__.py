@@ -14,7 +14,6 @@ from gossamer.cli import (  # noqa: F401 (they register commands)
     explore,
     hardware,
     lake,
-    prototypes,
     rank,
     select_network,
     synthesize,
