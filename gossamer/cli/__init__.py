@@ -14,6 +14,7 @@ from gossamer.cli import (  # noqa: F401 (they register commands)
     explore,
     hardware,
     lake,
+    prototypes,
     rank,
     select_network,
     synthesize,

@@ -124,16 +124,9 @@ def tell(
             for place, j in enumerate(told.prototypes[n].tolist())
         )
         predicted = int(told.classes[n])
-        result.append(
-            Told(
-                f"{split} image {row}",
-                pictures[n],
-                task.classes[int(labels[n])],
-                task.classes[predicted],
-                float(told.logits[n, predicted]),
-                reasons,
-            )  # fmt: skip
-        )
+        name, label = f"{split} image {row}", task.classes[int(labels[n])]
+        logit = float(told.logits[n, predicted])
+        result.append(Told(name, pictures[n], label, task.classes[predicted], logit, reasons))
     return result
 
 

@@ -100,10 +100,9 @@ def protopnet_schedule(
         )
     stages: tuple[Stage, ...] = ()
     for epoch in range(epochs):
-        stage: Stage = "warm" if epoch < warm else "joint"
-        stages += (stage,) * passes
+        stages += _epochs("warm" if epoch < warm else "joint", passes)
         if epoch == epochs - 1 or (epoch >= push_from and epoch % push_every == 0):
-            stages += ("last",) * (last * passes)
+            stages += _epochs("last", last * passes)
     return Schedule(stages, decay_every * passes, 0.1)
 
 
@@ -126,9 +125,12 @@ def improved_schedule(
             "a schedule needs an epoch or more, of which warm ones are a part, and at least 1 "
             f"epoch between steps, not {epochs}, {warm} and {decay_every}"
         )
-    stages: tuple[Stage, ...] = ("warm",) * (warm * passes)
-    stages += ("joint",) * ((epochs - warm) * passes)
+    stages = _epochs("warm", warm * passes) + _epochs("joint", (epochs - warm) * passes)
     return Schedule(stages, decay_every * passes, 0.2)
+
+
+def _epochs(stage: Stage, count: int) -> tuple[Stage, ...]:
+    return (stage,) * count
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,6 @@ class PrototypeTraining(Rule):
         InputError: if the classes of task and network differ.
     """
 
-    network: PartPrototypeNet  # pyright: ignore[reportIncompatibleVariableOverride]
-
     def __init__(
         self,
         network: PartPrototypeNet,
@@ -209,7 +209,8 @@ class PrototypeTraining(Rule):
                 f"{task.name} has {len(task.classes)} classes, the part-prototype network "
                 f"{network.num_classes}"
             )
-        self.network = network
+        # The trained network, of a kind that has prototypes.
+        self.network: PartPrototypeNet = network  # pyright: ignore[reportIncompatibleVariableOverride]
         self.task = task
         self.schedule = schedule or default_schedule(network)
         self.weights = weights or Weights()

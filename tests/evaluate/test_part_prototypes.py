@@ -249,7 +249,8 @@ def test_consistency_counts_visible_parts_only() -> None:
     assert consistency_score(Fixed(), [one_batch(2)], 4, 0.6).score == 100.0
     assert consistency_score(Fixed(), [one_batch(3)], 4, minimum_visible=4).score == 0.0
     # Batches are added up, not averaged.
-    parts = [tuple(t[rows] for t in one_batch(2)) for rows in (slice(0, 1), slice(1, 4))]
+    x, y, at, seen = one_batch(2)
+    parts = [(x[r], y[r], at[r], seen[r]) for r in (slice(0, 1), slice(1, 4))]
     assert consistency_score(Fixed(), parts, 4).table == some.table
 
 
@@ -523,6 +524,6 @@ def test_training_learns_the_creatures() -> None:
     )  # fmt: skip
     model = PartPrototypeNet(backbone, 8, 3, align=False, example_inputs=task.example_inputs[0])
     rates = Rates(backbone=3e-3, add_on=3e-3, prototypes=3e-3)
-    schedule = Schedule(("warm", *("joint",) * 19), 15, 0.2)
+    schedule = improved_schedule(20, warm=1, decay_every=15)
     train_prototypes(model, task, schedule=schedule, rates=rates, batch_size=16, cpu=True)
     assert task.score(model, "test") > 35.0  # chance is 12.5
