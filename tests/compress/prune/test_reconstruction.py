@@ -100,6 +100,22 @@ def test_refits_are_least_squares(seed: int) -> None:
     assert error(full) <= error(scaled) <= error(weight)
 
 
+def test_inputs_that_hardly_ever_speak_get_no_huge_weights() -> None:
+    """Along a direction that calibration hardly sees, the fit would follow the noise."""
+    x_old, weight, owner = problem(0)
+    kept = owner != 1
+    quiet = int(kept.nonzero()[0])
+    x = x_old + 0.3 * torch.randn(x_old.shape, generator=torch.Generator().manual_seed(9)).double()
+    x[:, quiet] *= 1e-5
+    x[:, ~kept] = 0.0
+    made = fitted_weight(weight, x.T @ x, x.T @ x_old, kept, owner, "least-squares")
+    assert float(made.norm()) < 3.0 * float(weight.norm())
+    others = kept.clone()
+    others[quiet] = False
+    best, *_ = np.linalg.lstsq(x[:, others].numpy(), (x_old @ weight.T).numpy(), rcond=None)
+    np.testing.assert_allclose(made[:, others], best.T, rtol=1e-3, atol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def task() -> Any:
     torch.set_num_threads(1)
