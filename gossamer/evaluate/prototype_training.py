@@ -130,7 +130,8 @@ def improved_schedule(
 
 
 def _epochs(stage: Stage, count: int) -> tuple[Stage, ...]:
-    return (stage,) * count
+    stages: list[Stage] = [stage] * count
+    return tuple(stages)
 
 
 @dataclass(frozen=True)
