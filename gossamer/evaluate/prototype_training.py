@@ -98,12 +98,12 @@ def protopnet_schedule(
             f"epoch between pushes and between steps, not {epochs}, {warm}, {push_every}, "
             f"{decay_every}"
         )
-    stages: tuple[Stage, ...] = ()
+    stages: list[Stage] = []
     for epoch in range(epochs):
-        stages += _epochs("warm" if epoch < warm else "joint", passes)
+        stages.extend(_epochs("warm" if epoch < warm else "joint", passes))
         if epoch == epochs - 1 or (epoch >= push_from and epoch % push_every == 0):
-            stages += _epochs("last", last * passes)
-    return Schedule(stages, decay_every * passes, 0.1)
+            stages.extend(_epochs("last", last * passes))
+    return Schedule(tuple(stages), decay_every * passes, 0.1)
 
 
 def improved_schedule(
