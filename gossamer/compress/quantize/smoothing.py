@@ -72,7 +72,8 @@ def find_shared(
     Args:
         model: is run once.
         run: calls it on some input.
-        layers: names of the linear layers that count.
+        layers: names of the linear layers that count. Others that read the same output are named
+            too, for what is divided there has to be multiplied in all of them.
         gated: also what is multiplied into the input of ``down_proj`` by ``up_proj``, and what
             attention mixes from ``v_proj`` into ``o_proj`` where both are as wide (both as AWQ
             does).
@@ -100,7 +101,7 @@ def find_shared(
     for name, module in modules.items():
         if "norm" in type(module).__name__.lower() and _weight(module) is not None:
             handles.append(module.register_forward_hook(produced(name)))
-        if name in layers:
+        if name in layers or isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(consumed(name)))
     try:
         with torch.no_grad():
@@ -108,7 +109,12 @@ def find_shared(
     finally:
         for handle in handles:
             handle.remove()
-    found = [Shared(producer, tuple(names)) for producer, names in readers.items()]
+    counted = set(layers)
+    found = [
+        Shared(producer, tuple(names))
+        for producer, names in readers.items()
+        if counted.intersection(names)
+    ]
     if gated:
         for reader, producer in (("down_proj", "up_proj"), ("o_proj", "v_proj")):
             for name in layers:
@@ -175,13 +181,13 @@ class Channels:
             for drop in runs:
                 for name, raw in inputs.items():
                     x = drop(raw).flatten(0, -2).float()
+                    counts[name] = counts.get(name, 0) + len(x)
                     high, low, total = x.amax(0), x.amin(0), x.abs().sum(0)
-                    if name in counts:
+                    if name in found.largest:
                         high = torch.maximum(high, found.largest[name])
                         low = torch.minimum(low, found.smallest[name])
                         total = total + found.mean[name]
                         x = torch.cat([found.sample[name], x])
-                    counts[name] = counts.get(name, 0) + raw.shape[:-1].numel()
                     found.largest[name], found.smallest[name] = high, low
                     found.mean[name], found.sample[name] = total, x[:_KEPT_TOKENS]
                 inputs.clear()

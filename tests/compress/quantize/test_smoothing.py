@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gossamer.compress.quantize.gptq import round_to_nearest
+from gossamer.compress.quantize.language_models import quantize
 from gossamer.compress.quantize.smoothing import (
     Channels,
     Shared,
@@ -130,6 +131,31 @@ def test_ranges_reach_from_the_smallest_to_the_largest():
     assert channels.reach("0", "absmax").tolist() == [2.0, 3.0]
     assert channels.reach("0", "range").tolist() == [1.0, 2.0]
     assert channels.mean["0"].tolist() == [1.5, 2.0]
+
+
+def test_padding_does_not_count():
+    network, x = nn.Sequential(nn.Linear(2, 2)), torch.tensor([[[1.0, -3.0], [9.0, 9.0]]])
+
+    def runs():
+        network(x)
+        yield lambda inputs: inputs[:, 0]
+
+    channels = Channels.of(network, ["0"], runs())
+    assert channels.mean["0"].tolist() == [1.0, 3.0]
+    assert channels.largest["0"].tolist() == [1.0, -3.0]
+
+
+def test_layers_that_stay_float_are_scaled_with_the_others():
+    torch.manual_seed(0)
+    model = causal_llama(20, width=32, layers=2, heads=4, hidden=64).eval()
+    ids = torch.randint(0, 20, (4, 8))
+    skip = ["model.layers.0.mlp.gate_proj", "model.layers.1.self_attn.q_proj"]
+    for options in ({"smoothing": 0.7}, {"algorithm": "awq"}):
+        made = quantize(model, [ids], group_size=16, skip=skip, **options)
+        assert not {f"{name}.weight" for name in skip} & set(made.tensors)
+        with torch.no_grad():
+            near = (made.module(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()
+        assert float(near) < 0.3
 
 
 def test_a_second_reader_is_noticed():
