@@ -1,8 +1,10 @@
 """The empirical Fisher matrix of a network's weights, block by block, and its inverse.
 
 The Hessian of a trained network's loss is close to the mean of ``g g^T`` over samples' gradients.
-Its inverse is built by one rank-one update a gradient (Woodbury), for blocks of consecutive weights
-of one tensor; weights of different blocks are taken as independent.
+It is inverted for blocks of consecutive weights of one tensor; weights of different blocks are taken
+as independent. The paper builds the inverse by one rank-one update a gradient (Woodbury); summing
+the matrices and inverting them by Cholesky gives the same, and a blocked product of matrices is many
+times as fast as hundreds of passes over the inverse.
 
 Source: Singh and Alistarh, "WoodFisher: Efficient Second-Order Approximation for Neural Network
 Compression", NeurIPS 2020, arXiv:2004.14340, sections 3 and 4.
@@ -156,11 +158,10 @@ class BlockFisher:
             end = min(begin + step, blocks)
             rows = self.gradients[:, begin * size : end * size].double()
             rows = F.pad(rows, (0, (end - begin) * size - rows.shape[1]))
-            eye = torch.eye(size, dtype=torch.float64, device=rows.device) / self.damping
-            inverse = eye.repeat(end - begin, 1, 1)
-            for g in rows.view(m, end - begin, size, 1):
-                moved = inverse @ g
-                inverse -= moved @ moved.mT / (m + g.mT @ moved)
+            rows = rows.view(m, end - begin, size).transpose(0, 1)
+            fisher = rows.mT @ rows / m
+            fisher.diagonal(dim1=1, dim2=2).add_(self.damping)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(fisher))
             yield slice(begin, end), inverse
 
     def saliency(self, weight: Tensor) -> Tensor:
