@@ -1,10 +1,10 @@
 """The empirical Fisher matrix of a network's weights, block by block, and its inverse.
 
 The Hessian of a trained network's loss is close to the mean of ``g g^T`` over samples' gradients.
-It is inverted for blocks of consecutive weights of one tensor; weights of different blocks are taken
-as independent. The paper builds the inverse by one rank-one update a gradient (Woodbury); summing
-the matrices and inverting them by Cholesky gives the same, and a blocked product of matrices is many
-times as fast as hundreds of passes over the inverse.
+It is inverted for blocks of consecutive weights of one tensor; weights of different blocks are
+taken as independent. The paper builds the inverse by one rank-one update a gradient (Woodbury);
+summing the matrices and inverting them by Cholesky gives the same, and a blocked product of
+matrices is many times as fast as hundreds of passes over the inverse.
 
 Source: Singh and Alistarh, "WoodFisher: Efficient Second-Order Approximation for Neural Network
 Compression", NeurIPS 2020, arXiv:2004.14340, sections 3 and 4.
