@@ -108,8 +108,11 @@ class RidgeLearner:
         )
         features = torch.empty(len(source), self.count)
         for low in range(0, len(source), FETCH):
-            rows = np.arange(low, min(low + FETCH, len(source)))
-            features[low : low + FETCH] = models.features(source.fetch(rows))
+            images = source.fetch(np.arange(low, min(low + FETCH, len(source))))
+            # Matrix kernels round a few rows otherwise than many, so a short last block would let
+            # the number of all images reach into the parts.
+            block = torch.cat([images, images.new_zeros(FETCH - len(images), *shape)])
+            features[low : low + FETCH] = models.features(block)[: len(images)]
         sizes = np.array([len(rows) for rows in parts])
         filled = -(-sizes // STEP) * STEP
         with progress() as bar:

@@ -13,6 +13,7 @@ from gossamer.core.errors import InputError
 from gossamer.core.fit import constant, sgd
 from gossamer.datasets.arrays import ArraySource
 from gossamer.datasets.digits import digits
+from gossamer.evaluate import part_learners
 from gossamer.evaluate.certified_ensembles import PoisonCertifiedEnsemble, are_probabilities
 from gossamer.evaluate.part_learners import (
     NetworkLearner,
@@ -102,6 +103,20 @@ def test_poisoning_changes_only_the_models_it_reaches_to_the_bit(learner, method
         answers = after.certify(test)[rule].labels
         safe = certified.radii >= 4
         assert (answers[safe] == certified.labels[safe]).all()
+
+
+def test_the_number_of_all_images_does_not_reach_a_part(monkeypatch):
+    """A last block of one image is multiplied by another kernel than one of many."""
+    monkeypatch.setattr(part_learners, "FETCH", 64)
+    random = np.random.default_rng(0)
+    pixels = torch.from_numpy(random.integers(0, 256, (72, 1, 28, 28), dtype=np.uint8))
+    labels = torch.from_numpy(random.integers(0, 3, 72))
+    parts = [np.arange(0, 64), np.arange(64, 65)]
+    short = ArraySource(pixels[:65], labels[:65])
+    models = [
+        RidgeLearner(count=300).fit(s, 3, parts) for s in (short, ArraySource(pixels, labels))
+    ]
+    assert torch.equal(models[0].weights, models[1].weights)
 
 
 def test_samples_with_wrong_labels_in_some_parts_do_not_beat_the_certificate():
