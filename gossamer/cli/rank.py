@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -23,7 +23,9 @@ def collect(
     pool: Path,
     source: Path,
     *,
-    kind: Literal["table", "harness", "helm"] = "table",
+    kind: Literal["table", "harness", "helm", "logits"] = "table",
+    columns: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    sample_pattern: str | None = None,
     samples: Path | None = None,
     metric: str | None = None,
     json_: Json = False,
@@ -31,6 +33,9 @@ def collect(
     """Add per-sample results to a pool.
 
     Example: gossamer evaluate collect pool/ results.parquet --samples questions.parquet
+
+    Example: gossamer evaluate collect pool/ trials.parquet --columns model=subject
+    sample=dataset,image score=correct
 
     Parameters
     ----------
@@ -40,27 +45,52 @@ def collect(
         A table (.parquet, .csv, .jsonl) with the columns model, sample, score and, if not numeric,
         kind (binary, numeric, pairwise); or a folder that another program wrote.
     kind
-        "harness": lm-evaluation-harness; "helm": HELM.
+        "harness": lm-evaluation-harness; "helm": HELM; "logits": an .npz file with label [n] and,
+        for each model, logits [n, classes].
+    columns
+        Where a table calls them otherwise: model=COLUMN, sample=COLUMN or score=COLUMN. Several
+        columns with commas between them make one name, and samples can be filtered by them.
+    sample_pattern
+        A regular expression: its first group, or all that it finds in the last of the sample's
+        columns, is what counts there.
     samples
         A table with the column id and whatever else is known of the samples.
     metric
-        Which metric of another program's. Default: the first of a task.
+        Which metric of another program's. Default: the first of a task. Of logits: correct
+        (default) or log-probability.
     json_
         Print what is in the pool as JSON.
     """
     from gossamer.evaluate.evaluation_pool import EvaluationPool
-    from gossamer.evaluate.result_logs import read_harness, read_helm, read_table
+    from gossamer.evaluate.result_logs import (
+        read_harness,
+        read_helm,
+        read_logits,
+        read_table,
+        renamed,
+    )
 
     described = None if samples is None else read_table(samples)
-    if kind == "table":
-        results = read_table(source)
-    else:
-        results, found = (
-            read_harness(source, metric=metric)
-            if kind == "harness"
-            else read_helm(source, metric=metric or "exact_match")
-        )
-        described = found if described is None else described
+    found: Any = None
+    if kind != "table" and (columns or sample_pattern):
+        raise InputError("--columns and --sample-pattern are for tables")
+    match kind:
+        case "table":
+            results = read_table(source)
+            if columns or sample_pattern:
+                roles = dict(map(_column, columns or ()))
+                results, found = renamed(results, roles, sample_pattern=sample_pattern)
+        case "harness":
+            results, found = read_harness(source, metric=metric)
+        case "helm":
+            results, found = read_helm(source, metric=metric or "exact_match")
+        case "logits":
+            if metric not in (None, "correct", "log-probability"):
+                raise InputError(
+                    f"of logits there is correct and log-probability, no {metric!r:.40}"
+                )
+            results, found = read_logits(source, metric=metric or "correct")
+    described = found if described is None else described
     kept = EvaluationPool(pool)
     kept.add(results, samples=described)
     measured = kept.measured()
@@ -81,7 +111,7 @@ def collect(
 def rank(
     pool: Path,
     *,
-    where: Annotated[list[str] | None, Parameter(negative="")] = None,
+    where: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
     text: str | None = None,
     like: str | None = None,
     encoder: str = "words",
@@ -190,6 +220,13 @@ def rank(
         console.print(f"{entry['similarity']:.2f}  {entry['sample']}")
     for remark in result.remarks:
         console.print(f"Note: {remark}")
+
+
+def _column(word: str) -> tuple[str, str]:
+    role, equals, name = word.partition("=")
+    if not equals:
+        raise InputError(f"the column is {word!r:.60}; write model=, sample= or score=COLUMN")
+    return role, name
 
 
 def _filter(word: str) -> tuple[str, str]:

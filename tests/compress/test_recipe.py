@@ -150,3 +150,9 @@ def test_any_file_is_a_recipe_or_refused(seed: int) -> None:
     except GossamerError:
         return
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_every_step_is_in_the_guide() -> None:
+    guide = Path(__file__).resolve().parents[2] / "docs" / "shrink.md"
+    text = guide.read_text("utf-8")
+    assert [name for name in STEPS if f"`{name}`" not in text] == []
