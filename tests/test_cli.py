@@ -215,3 +215,19 @@ def test_an_interrupted_run_says_how_to_go_on(shrunk: Path) -> None:
     assert said.splitlines()[-1] == "gossamer: interrupted; run the same command again to go on"
     assert "Traceback" not in said
     assert state.exists()
+
+
+def test_a_list_takes_all_the_words_after_its_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every room, also below a group of commands."""
+    for words, says in [
+        (("reproduce", "nothing", "--seeds", "0", "1"), "no system 'nothing'"),
+        (
+            ("evaluate", "robustness", "no/", "--data", "digits", "--mean", "0.5", "0.4"),
+            "has 1 channel",
+        ),
+        (("data", "explore", "no/", "--model", "a", "b"), "no/ is no folder"),
+    ]:
+        assert run(monkeypatch, *words) == 2
+        assert says in " ".join(capsys.readouterr().err.split()), words

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any, Literal
 
 from gossamer.cli.evaluate import evaluate
 from gossamer.cli.front import Json, out_console, print_json
@@ -38,7 +36,7 @@ def certify(
     learning_rate: float = 0.05,
     augment: bool = False,
     content_hash: Literal["pixel-sum", "digest"] = "pixel-sum",
-    sizes: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
+    sizes: list[int] | None = None,
     spread: Path | None = None,
     image_size: int | None = None,
     test_images: int | None = None,

@@ -107,11 +107,11 @@ def shrink(
 def compare(
     model: str | None = None,
     *,
-    recipes: Annotated[list[Path], Parameter(consume_multiple=True)],
+    recipes: list[Path],
     data: Annotated[str | None, Parameter(name=("--data", "--task"))] = None,
     out: Path = Path("compared"),
     weights: Path | None = None,
-    seeds: Annotated[list[int], Parameter(consume_multiple=True)] = [0, 1, 2],  # noqa: B006
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
     epochs: int = 30,
     image_size: int | None = None,
     limit: int | None = None,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from gossamer.cli.front import Json, app, out_console, print_json
 from gossamer.core.errors import InputError
@@ -198,9 +198,9 @@ def methods(*, json_: Json = False) -> None:
 def compare(
     folder: str,
     *,
-    methods: Annotated[list[str], Parameter(consume_multiple=True)],
-    keep: Annotated[list[float], Parameter(consume_multiple=True)] = [0.05, 0.1, 0.2, 0.4, 0.8],  # noqa: B006
-    index: Annotated[list[Path], Parameter(consume_multiple=True)] = [],  # noqa: B006
+    methods: list[str],
+    keep: list[float] = [0.05, 0.1, 0.2, 0.4, 0.8],  # noqa: B006
+    index: list[Path] = [],  # noqa: B006
     out: Path = Path("data-compared"),
     learner: str = "random-features",
     epochs: int = 20,
@@ -211,7 +211,7 @@ def compare(
     balance: float = 0.5,
     networks: int = 1,
     scoring_epochs: int = 10,
-    seeds: Annotated[list[int], Parameter(consume_multiple=True)] = [0, 1, 2],  # noqa: B006
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
     image_size: int | None = None,
     limit: int | None = None,
     json_: Json = False,

@@ -26,6 +26,8 @@ app = App(
     version=gossamer.__version__,
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # main says how to go on
+    # A list takes all the words after its option: --seeds 0 1 2.
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
 )
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]

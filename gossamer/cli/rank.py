@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any, Literal
 
 from gossamer.cli.evaluate import evaluate
 from gossamer.cli.front import Json, out_console, print_json
@@ -24,7 +22,7 @@ def collect(
     source: Path,
     *,
     kind: Literal["table", "harness", "helm", "logits"] = "table",
-    columns: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    columns: list[str] | None = None,
     sample_pattern: str | None = None,
     samples: Path | None = None,
     metric: str | None = None,
@@ -111,7 +109,7 @@ def collect(
 def rank(
     pool: Path,
     *,
-    where: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
+    where: list[str] | None = None,
     text: str | None = None,
     like: str | None = None,
     encoder: str = "words",

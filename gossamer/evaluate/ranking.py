@@ -259,6 +259,8 @@ def _remarks(scores: Scores, sizes: np.ndarray, names: Sequence[str]) -> list[st
     compared = int((sizes > 1).sum())
     if compared < FEW:
         found.append(f"Only {compared} samples were answered by two or more models.")
+    if not wins_of(scores, ties=0.0).any():
+        found.append("Every comparison is a tie, so nothing orders the models.")
     lonely = np.setdiff1d(np.arange(scores.count), scores.models[np.repeat(sizes > 1, sizes)])
     if len(lonely):
         found.append(f"Never compared with any other: {', '.join(names[int(k)] for k in lonely)}.")

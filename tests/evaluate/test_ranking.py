@@ -141,6 +141,15 @@ def test_bootstrap_is_over_samples_not_pairs() -> None:
     np.testing.assert_allclose(half, 1.96 * spread, rtol=0.35)
 
 
+def test_ties_everywhere_are_said() -> None:
+    matrix = np.repeat(np.arange(200.0)[None], 3, axis=0)
+    found = rank(Scores.of_matrix(matrix), bootstrap=5)
+    assert found.utility.tolist() == [0.0, 0.0, 0.0]
+    assert found.remarks == ("Every comparison is a tie, so nothing orders the models.",)
+    matrix[1, 7] = 8.0
+    assert not rank(Scores.of_matrix(matrix), bootstrap=5).remarks
+
+
 def test_rankings_that_cannot_be() -> None:
     with pytest.raises(InputError, match="only alone was measured"):
         rank(Scores.of_matrix(np.ones((1, 5))), ["alone"])

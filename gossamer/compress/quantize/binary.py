@@ -814,7 +814,7 @@ def deployed(network: GraphNetwork) -> GraphNetwork:
         program.set_submodule(name, layer.deployed())
     for node in list(program.graph.nodes):
         layer = _layer_of(program, node)
-        if layer is None or len(node.users) != 1:
+        if layer is None or len(node.users) != 1 or not _channels_second(node, layer):
             continue
         (norm,) = node.users
         if norm.op == "call_function" and op_name(norm.target) == "batch_norm":
@@ -835,6 +835,15 @@ def deployed(network: GraphNetwork) -> GraphNetwork:
 def _layer_of(program: fx.GraphModule, node: fx.Node) -> DeployedLayer | None:
     layer = program.get_submodule(str(node.target)) if node.op == "call_module" else None
     return layer if isinstance(layer, DeployedLayer) else None
+
+
+def _channels_second(node: fx.Node, layer: DeployedLayer) -> bool:
+    """Whether a layer's outputs are the second axis, which is what a batch normalisation scales.
+
+    Those of a linear layer are the last one, behind time steps or tokens.
+    """
+    value = node.meta.get("val")
+    return layer.weight.ndim == 4 or (isinstance(value, Tensor) and value.ndim == 2)
 
 
 def _affine(program: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tensor] | None:

@@ -756,23 +756,28 @@ class _LayerRun:
 
     @torch.no_grad()
     def _revive(self) -> None:
-        """An entry that nobody uses any more takes the value of the worst represented weight."""
+        """Entries that nobody uses any more take the values of the worst represented weights."""
         if self.logits is None or self.layout.candidates is not None:
             return
         layout = self.layout
         used = torch.bincount(layout.place(self.index), minlength=self.tables.numel())
-        for unused in (used == 0).nonzero().flatten().tolist():
-            number, entry = divmod(unused, layout.entries)
-            if self.zeros is not None and entry == 0:
-                continue
-            weights = self.weights / self.log_scales.exp().index_select(0, layout.group)
-            misses = (weights - layout.lookup(self.tables, self.index)).abs()
-            misses[layout.table != number] = -1.0
-            if self.zeros is not None:
-                misses[self.zeros] = -1.0
-            worst = int(misses.argmax())
-            self.tables[number, entry] = weights[worst].clamp(-1.0, 1.0)
-            self.logits[entry, worst] = self.logits[:, worst].max() + 1e-3
+        unused = used.view_as(self.tables) == 0
+        if self.zeros is not None:
+            unused[:, 0] = False
+        if not bool(unused.any()):
+            return
+        weights = self.weights / self.log_scales.exp().index_select(0, layout.group)
+        misses = (weights - layout.lookup(self.tables, self.index)).abs()
+        if self.zeros is not None:
+            misses[self.zeros] = -1.0
+        for number in unused.any(1).nonzero().flatten().tolist():
+            entries = unused[number].nonzero().flatten()
+            own = (layout.table == number).nonzero().flatten()
+            worst = own[misses[own].topk(min(len(entries), len(own))).indices]
+            worst = worst[misses[worst] > 0.0]
+            entries = entries[: len(worst)]
+            self.tables[number, entries] = weights[worst].clamp(-1.0, 1.0)
+            self.logits[entries, worst] = self.logits[:, worst].amax(0) + 1e-3
 
     def _state(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.tables.detach().clone(), self.log_scales.detach().clone(), self.index.clone()

@@ -223,7 +223,6 @@ def quantize(
         raise InputError(f"the share of smoothing lies between 0 and 1, not at {smoothing}")
     clipping = Clipping() if (chosen.clip if clip is None else clip) else None
     began = time.monotonic()
-    training = model.training
     module = copy.deepcopy(model).eval()
     layers = _layers(module, skip)
     samples = [_sample(s) for s in calibration]
@@ -285,7 +284,9 @@ def quantize(
                 _put(module, name, RoundedInputs(layer, activations))
     report["seconds"] = time.monotonic() - began
     kept = order if algorithm == "gptq" else "none"
-    return QuantizedModel(module.train(training), tensors, chosen, kept, report)
+    for name, layer in model.named_modules():
+        module.get_submodule(name).training = layer.training
+    return QuantizedModel(module, tensors, chosen, kept, report)
 
 
 def _scheme(scheme: str | Scheme, group_size: int | None, static: bool) -> Scheme:

@@ -118,8 +118,12 @@ def find_shared(
     if gated:
         for reader, producer in (("down_proj", "up_proj"), ("o_proj", "v_proj")):
             for name in layers:
-                other = name.removesuffix(reader) + producer
+                place = name.removesuffix(reader)
+                other = place + producer
                 if not name.endswith(reader) or other not in modules:
+                    continue
+                # Without a gate a nonlinearity stands between up and down, and scales do not pass.
+                if reader == "down_proj" and f"{place}gate_proj" not in modules:
                     continue
                 source, own = _weight(modules[other]), _weight(modules[name])
                 if source is not None and own is not None and source.shape[0] == own.shape[1]:

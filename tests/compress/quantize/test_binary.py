@@ -381,6 +381,22 @@ def test_normalisation_is_folded_and_layers_take_a_bit_a_weight(task: Classifica
     assert all(str(t.codec) == "binary" for t in stored.tensors.values())
 
 
+def test_normalisation_of_time_steps_stays() -> None:
+    """As many steps as outputs: the second axis is time, and the layer's channels are the last."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)]
+    network = nn.Sequential(*layers).eval()
+    norm = layers[2]
+    assert isinstance(norm, nn.BatchNorm1d)
+    norm.running_mean = torch.randn(8)
+    norm.running_var = torch.rand(8) + 0.5
+    x = torch.randn(4, 8, 6)
+    trained = binarized(network, (x,), algorithm="dorefa").eval()
+    made = deployed(trained)
+    assert any("running_mean" in name for name in made.state_dict())
+    torch.testing.assert_close(made(x), trained(x))
+
+
 def test_centring_gives_signs_to_what_a_relu_made_positive(task: Classification) -> None:
     network = small(nn.ReLU)
     (x, _) = next(iter(task.batches("train", batch_size=128)))

@@ -388,6 +388,21 @@ def test_proximal_moves_do_not_jump():
     assert shares["proximal"] < 0.5 * shares["softmax"]
 
 
+def test_all_unused_entries_are_revived_together():
+    """Five entries of one value: four of them take the values of the worst represented weights."""
+    weight, x, _ = layer_problem(3)
+    start = cluster_weights(weight, 8)
+    tables = start.tables.clone()
+    tables[:, 4:] = tables[:, 3:4]
+    nearest = (weight[..., None] - tables[0].float()).abs().argmin(2)
+    few = CodebookTensor.of(nearest, tables, start.scales, start.sizes, start.shape)
+    assert len(nearest.unique()) == 4
+    learning = Learning(steps=51, warm_up=0, index_lr=1e-6, lr=1e-6)
+    learned = learn_codebook(weight, few, x, x @ weight.T, learning=learning)
+    assert learned.stored.entries == 8
+    assert learned.error < 0.5 * learned.error_before
+
+
 def test_candidates_limit_where_weights_go():
     weight, x, _ = layer_problem(3)
     start = cluster_weights(weight, 16)

@@ -100,6 +100,16 @@ def test_what_is_quantized(model, text):
         assert torch.equal(after[name], stored.decode())
 
 
+def test_each_part_keeps_its_mode(model, text):
+    """A frozen part stays in evaluation mode inside a model that trains."""
+    mixed = copy.deepcopy(model).train()
+    frozen = next(m for m in mixed.modules() if isinstance(m, nn.Linear))
+    frozen.eval()
+    made = quantize(mixed, text, scheme="W8A8-INT", algorithm="rtn").module
+    modes = [module.training for module in made.modules()]
+    assert modes.count(False) == 1 and modes[0]
+
+
 def test_what_runs_is_what_was_simulated(model, text):
     ids = text[0]
     for scheme in SCHEMES:

@@ -83,6 +83,23 @@ def test_who_shares_what():
     assert len(gated) == 8
 
 
+def test_what_is_not_gated_is_not_scaled():
+    """Between up and down of a plain block stands a nonlinearity, through which no scale passes."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.down_proj(nn.functional.gelu(self.up_proj(x)))
+
+    model = Plain().eval()
+    x = torch.randn(3, 8)
+    found = find_shared(model, lambda: model(x), ["up_proj", "down_proj"], gated=True)
+    assert found == []
+
+
 def test_a_language_model_computes_what_it_did():
     torch.manual_seed(0)
     model = causal_llama(20, width=32, layers=2, heads=4, hidden=64).eval()
