@@ -189,13 +189,19 @@ def groups(wins: np.ndarray) -> list[np.ndarray]:
     losers, winners = beaten.nonzero()
     above[label[winners], label[losers]] = True
     np.fill_diagonal(above, False)
+    over = above.sum(0)  # how many groups that are left stand above each
     order: list[int] = []
-    left = set(range(count))
-    while left:  # condensations have no cycles, so something is never below what is left
-        first = min(k for k in left if not any(above[j, k] for j in left))
+    for _ in range(count):  # condensations have no cycles, so something stands below nothing
+        first = int((over == 0).argmax())
         order.append(first)
-        left.remove(first)
+        over = over - above[first]
+        over[first] = -1
     return [np.flatnonzero(label == k) for k in order]
+
+
+def is_connected(wins: np.ndarray) -> bool:
+    """Whether wins ``[n, n]`` lead from each model to each other one: all are identified then."""
+    return connected_components(csr_array(wins > 0), connection="strong")[0] == 1
 
 
 def check_connected(wins: np.ndarray, names: Sequence[str] | None = None) -> None:
@@ -208,9 +214,9 @@ def check_connected(wins: np.ndarray, names: Sequence[str] | None = None) -> Non
     Raises:
         NotIdentifiable: naming what is compared with what.
     """
-    found = groups(wins)
-    if len(found) == 1:
+    if is_connected(wins):
         return
+    found = groups(wins)
     called = [str(k) for k in range(len(wins))] if names is None else list(names)
     named = [[called[int(k)] for k in group] for group in found]
     pieces, label = connected_components(csr_array(wins > 0), directed=False)

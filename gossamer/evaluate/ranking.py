@@ -19,7 +19,7 @@ import numpy as np
 
 from gossamer.core.errors import InputError
 from gossamer.evaluate.comparisons import Scores, Weighting, choices_of, wins_of
-from gossamer.evaluate.plackett_luce import check_connected, fit_lists, fit_pairs
+from gossamer.evaluate.plackett_luce import check_connected, fit_lists, fit_pairs, is_connected
 from gossamer.evaluate.ranking_baselines import (
     borda,
     bradley_terry_of,
@@ -214,7 +214,7 @@ def _draws(
         ]
     )  # fmt: skip
     if alpha == 0:
-        apart = np.array([not _connected(matrix) for matrix in wins])
+        apart = np.array([not is_connected(matrix) for matrix in wins])
         if apart.any():
             remarks.append(
                 f"{int(apart.sum())} of {bootstrap} draws left some model without a win or a loss; "
@@ -227,13 +227,6 @@ def _draws(
                 found[which] = fit_pairs(wins[which], alpha=strength, start=start)
         return found
     return fit_pairs(wins, alpha=alpha, start=np.broadcast_to(utility, (bootstrap, scores.count)))
-
-
-def _connected(wins: np.ndarray) -> bool:
-    from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import connected_components
-
-    return connected_components(csr_array(wins > 0), connection="strong")[0] == 1
 
 
 def _taken(scores: Scores, chosen: np.ndarray) -> Scores:
