@@ -181,7 +181,7 @@ def test_the_probe_leaves_the_network_alone() -> None:
     part = ArraySource(images, labels)
     task = assemble(part, ["a", "b", "c"], name="noise", validation=part, test=part)
     work = Work(
-        _small, _large, 1, 1, 32, kept=(), probe_epochs=40, tune_epochs=1,
+        _small, _large, 1, 1, 32, probe_epochs=40, tune_epochs=1,
     )  # fmt: skip
     found = _transferred(network, task, work, seed=0)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
