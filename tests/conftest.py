@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +85,19 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def exit_code(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """``exit_code("evaluate", "rank", folder)`` runs a command here and says how it ended."""
+    from gossamer.cli import main
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["gossamer", *map(str, words)])
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run

@@ -76,17 +76,14 @@ def collect(
         case "table":
             results = read_table(source)
             if columns or sample_pattern:
-                roles = dict(map(_column, columns or ()))
+                form = "model=, sample= or score=COLUMN"
+                roles = dict(_pair(word, "column", form) for word in columns or ())
                 results, found = renamed(results, roles, sample_pattern=sample_pattern)
         case "harness":
             results, found = read_harness(source, metric=metric)
         case "helm":
             results, found = read_helm(source, metric=metric or "exact_match")
         case "logits":
-            if metric not in (None, "correct", "log-probability"):
-                raise InputError(
-                    f"of logits there is correct and log-probability, no {metric!r:.40}"
-                )
             results, found = read_logits(source, metric=metric or "correct")
     described = found if described is None else described
     kept = EvaluationPool(pool)
@@ -172,7 +169,7 @@ def rank(
     asked = text is not None or like is not None
     if not asked and (top_k is not None or threshold is not None):
         raise InputError("--top-k and --threshold need --text or --like")
-    filters = dict(_filter(word) for word in where or ())
+    filters = dict(_pair(word, "filter", "COLUMN.OPERATOR=VALUE") for word in where or ())
     found = None
     if pool.is_file():
         if asked or filters:
@@ -220,17 +217,10 @@ def rank(
         console.print(f"Note: {remark}")
 
 
-def _column(word: str) -> tuple[str, str]:
-    role, equals, name = word.partition("=")
-    if not equals:
-        raise InputError(f"the column is {word!r:.60}; write model=, sample= or score=COLUMN")
-    return role, name
-
-
-def _filter(word: str) -> tuple[str, str]:
+def _pair(word: str, what: str, form: str) -> tuple[str, str]:
     name, equals, value = word.partition("=")
     if not equals:
-        raise InputError(f"the filter is {word!r}; write COLUMN.OPERATOR=VALUE")
+        raise InputError(f"the {what} is {word!r:.60}; write {form}")
     return name, value
 
 

@@ -16,7 +16,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -224,28 +224,30 @@ def _found(names: Any, pattern: str) -> Any:
     return pa.DictionaryArray.from_arrays(coded.indices, shorter).cast(pa.string())
 
 
-def read_logits(
-    path: Path, *, metric: Literal["correct", "log-probability"] = "correct"
-) -> tuple[Any, Any]:
+def read_logits(path: Path, *, metric: str = "correct") -> tuple[Any, Any]:
     """Reads logits of classifiers on the same samples.
 
     Args:
         path: an ``.npz`` file with ``label`` (or ``labels``), whole numbers ``[n]``, and for each
             model an array of logits ``[n, classes]``, whose name is the model's.
-        metric: whether the largest logit is the label's, or the label's log probability, nats.
+        metric: "correct": whether the largest logit is the label's; "log-probability": of the
+            label, nats.
 
     Returns:
         Measurements, and samples with their ``label``; a sample's id is its number.
 
     Raises:
-        InputError: if the file cannot be read, or its arrays do not belong together.
+        InputError: if there is no such metric, the file cannot be read, or its arrays do not belong
+            together.
     """
+    if metric not in ("correct", "log-probability"):
+        raise InputError(f"of logits there is correct and log-probability, no {metric!r:.40}")
     from scipy.special import log_softmax
 
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not an .npz file that can be read: {error!s:.200}") from error
     labels = arrays.pop("labels", None) if "label" not in arrays else arrays.pop("label")
     if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iu" or not arrays:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import kendalltau
 
-from gossamer.cli import main
 from gossamer.core.errors import InputError
 from gossamer.evaluate.comparisons import Scores, choices_of, wins_of
 from gossamer.evaluate.evaluation_pool import EvaluationPool, measured_of
@@ -307,17 +306,8 @@ def test_logs_of_other_programs(tmp_path: Path) -> None:
         read_harness(tmp_path / "helm")
 
 
-def called(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["gossamer", "evaluate", *map(str, words)])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, exit_code: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     matrix = gumbel(4, 200)
     pq.write_table(pa.Table.from_pylist(rows_of(matrix)), tmp_path / "r.parquet")
@@ -327,19 +317,19 @@ def test_commands(
     ]
     pq.write_table(pa.Table.from_pylist(samples), tmp_path / "s.parquet")
     made = ["collect", tmp_path / "pool", tmp_path / "r.parquet"]
-    assert called(monkeypatch, *made, "--samples", tmp_path / "s.parquet", "--json") == 0
+    assert exit_code("evaluate", *made, "--samples", tmp_path / "s.parquet", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {
         "models": 4, "samples": 200, "measurements": 800,
     }  # fmt: skip
-    assert called(monkeypatch, "rank", tmp_path / "pool", "--json") == 0
+    assert exit_code("evaluate", "rank", tmp_path / "pool", "--json") == 0
     whole = json.loads(capsys.readouterr().out)
     assert [entry["model"] for entry in whole["models"]] == ["m3", "m2", "m1", "m0"]
     asked = ["--text", "an X-ray of the chest", "--top-k", 150, "--where", "field.eq=1"]
-    assert called(monkeypatch, "rank", tmp_path / "pool", *asked, "--json") == 0
+    assert exit_code("evaluate", "rank", tmp_path / "pool", *asked, "--json") == 0
     part = json.loads(capsys.readouterr().out)
     near = [entry for entry in part["nearest"] if entry["similarity"] > 0.1]
     assert len(near) == 75 and all(int(entry["sample"][1:]) < 150 for entry in near)
-    assert called(monkeypatch, "rank", tmp_path / "r.parquet") == 0
+    assert exit_code("evaluate", "rank", tmp_path / "r.parquet") == 0
     assert "m3" in capsys.readouterr().out
     for words, says in [
         (["rank", tmp_path / "none"], "does not exist"),
@@ -349,7 +339,7 @@ def test_commands(
         (["rank", tmp_path / "pool", "--like", "s999"], "sample s999 has no vector"),
         (["collect", tmp_path / "pool", tmp_path / "x.txt"], "no .parquet, .csv or .jsonl"),
     ]:
-        assert called(monkeypatch, *words) == 2
+        assert exit_code("evaluate", *words) == 2
         assert says in " ".join(capsys.readouterr().err.split())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.special import log_softmax
 
-from gossamer.cli import main
 from gossamer.core.errors import InputError
 from gossamer.evaluate.evaluation_pool import EvaluationPool, measured_of
 from gossamer.evaluate.ranking_baselines import mean_score
@@ -34,7 +32,7 @@ ROLES = {"model": "who", "sample": "set,file", "score": "right"}
 
 def test_columns_of_other_names() -> None:
     results, samples = renamed(TRIALS, ROLES, sample_pattern=r"_(\w+)\.png$")
-    # Its first group counts: what stands after the last underscore that \w+ leaves room for.
+    # Its first group counts, from the first underscore on.
     assert results["sample"].to_pylist()[0] == "a/p_cat"
     results, samples = renamed(TRIALS, ROLES, sample_pattern=r"_([a-z]+)\.png$")
     assert results["sample"].to_pylist() == ["a/cat", "a/cat", "b/cat", "b/cat", "a/dog"]
@@ -111,32 +109,26 @@ def test_unusable_logits(tmp_path: Path, arrays: dict[str, Any], says: str) -> N
 def test_damaged_logits(tmp_path: Path) -> None:
     np.savez(tmp_path / "l.npz", label=np.zeros(2, int), one=np.zeros((2, 3)))
     content = (tmp_path / "l.npz").read_bytes()
-    for damaged in (content[:100], b"", b"logits", content.replace(b"NUMPY", b"NUMPX")):
+    np.save(tmp_path / "one.npy", np.zeros((2, 3)))
+    one = (tmp_path / "one.npy").read_bytes()
+    for damaged in (content[:100], b"", b"logits", content.replace(b"NUMPY", b"NUMPX"), one):
         (tmp_path / "d.npz").write_bytes(damaged)
         with pytest.raises(InputError, match="file that can be read"):
             read_logits(tmp_path / "d.npz")
 
 
-def called(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["gossamer", "evaluate", *map(str, words)])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, exit_code: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pq.write_table(TRIALS, tmp_path / "t.parquet")
     pool = tmp_path / "pool"
     roles = [f"{role}={name}" for role, name in ROLES.items()]
     words = ["collect", pool, tmp_path / "t.parquet", "--columns", *roles]
-    assert called(monkeypatch, *words, "--sample-pattern", "_([a-z]+).png") == 0
+    assert exit_code("evaluate", *words, "--sample-pattern", "_([a-z]+).png") == 0
     capsys.readouterr()
     assert (
-        called(monkeypatch, "rank", pool, "--where", "set.eq=b", "--method", "mean", "--json") == 0
+        exit_code("evaluate", "rank", pool, "--where", "set.eq=b", "--method", "mean", "--json")
+        == 0
     )
     found = json.loads(capsys.readouterr().out)
     assert [entry["model"] for entry in found["models"]] == ["q", "p"]
@@ -145,7 +137,7 @@ def test_command(
         (["--kind", "helm", "--sample-pattern", "x"], "are for tables"),
         (["--kind", "logits", "--metric", "f1"], "correct and log-probability, no 'f1'"),
     ]:
-        assert called(monkeypatch, "collect", tmp_path / "n", tmp_path / "t.parquet", *more) == 2
+        assert exit_code("evaluate", "collect", tmp_path / "n", tmp_path / "t.parquet", *more) == 2
         assert says in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "n").exists()
 

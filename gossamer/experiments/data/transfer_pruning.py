@@ -380,8 +380,8 @@ def _claims() -> Iterator[Claim]:
             f"{name} keeps at least eight upright digits among ten classes",
             _pick("digits", name, 33, EPOCHS), ">=", 8.0,
         )  # fmt: skip
+    fewer = [percent for percent in SHARES if percent < 50]
     for schedule in (EPOCHS, STEPS):
-        fewer = [percent for percent in SHARES if percent < 50]
         for name in ("LM", "FM"):
             for percent in SHARES if schedule == EPOCHS else fewer:
                 yield Claim(

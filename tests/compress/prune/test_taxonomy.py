@@ -58,9 +58,10 @@ def test_names_are_unique_and_there_are_enough() -> None:
 
 def test_the_classic_answers() -> None:
     before = [m.name for m in find(when="before-training")]
-    assert before[:4] == ["SNIP", "GraSP", "SynFlow", "Random pruning"]
+    classic = ["SNIP", "GraSP", "SynFlow", "Random pruning"]
+    assert before == [*classic, "FORCE", "ProsPr", "3SP"]
     assert [m.name for m in find(when="before-training", structured=True)] == ["3SP"]
-    assert [m.name for m in find(when="before-training", data="none")] == before[2:4]
+    assert [m.name for m in find(when="before-training", data="none")] == classic[2:]
     assert {m.name for m in find(when="run-time")} == {
         "Feature boosting and suppression", "Runtime neural pruning", "SkipNet", "BranchyNet",
     }  # fmt: skip
